@@ -1,0 +1,15 @@
+"""Exact distillation losses and packed attention for any trainer: torch alone, no trainer around it."""
+
+from trsd_kernels.layout import cu_seqlens_of, pack_sequences, position_ids_of
+from trsd_kernels.linear_distill import FusedLinearDistillation, LinearDistillationOutput, fused_linear_distillation
+from trsd_kernels.varlen_attention import varlen_attention
+
+__all__ = [
+    "FusedLinearDistillation",
+    "LinearDistillationOutput",
+    "cu_seqlens_of",
+    "fused_linear_distillation",
+    "pack_sequences",
+    "position_ids_of",
+    "varlen_attention",
+]

@@ -1,0 +1,43 @@
+"""One distribution, two packages: ``trsd`` (the trainer) and ``trsd_kernels`` (the kernels, usable alone)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "pyarrow>=17", "math-verify>=0.8", "ruff>=0.8"]
+EVAL = ["math-verify>=0.8"]
+
+setup(
+    name="trsd",
+    version="0.1.0",
+    description="Distil reasoning language models from partial chains of thought, exactly, in little memory and time",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["trsd", "trsd.*"]), "trsd_kernels"],
+    package_dir={"trsd_kernels": "kernels/trsd_kernels"},
+    package_data={"trsd": ["recipes/*.yaml", "demo/reasoner/*", "demo/questions/*.jsonl"]},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "tokenizers>=0.22",
+        "safetensors>=0.5",
+        "numpy>=1.26",
+        "pyyaml>=6",
+        "tyro>=0.9",
+        "matplotlib>=3.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": TEST,
+        "bench": ["pytest>=8", "pytest-benchmark>=5"],
+        "eval": EVAL,
+        "data": ["datasets>=4", "pyarrow>=17"],
+        "vllm": ["vllm>=0.20"],
+        "flash-attn": ["flash-attn>=2.7"],
+        "liger": ["liger-kernel>=0.8"],
+        "tracking": ["tensorboard>=2.18", "wandb>=0.19", "trackio>=0.2"],
+    },
+    entry_points={"console_scripts": ["trsd-train=trsd.train:main"]},
+)

@@ -1,0 +1,97 @@
+"""Shared fixtures: the bundled tokenizer, a random two-layer Qwen3 of its vocabulary, and a few traces."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from trsd.demo.problems import draw_problems
+from trsd.models import PACKED_ATTENTION, tokenizer_fingerprint
+from trsd.thinking import ThinkFormat
+from trsd.traces import Trace
+
+REASONER = Path(__file__).parent.parent / "trsd" / "demo" / "reasoner"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(REASONER)
+
+
+@pytest.fixture(scope="session")
+def think(tokenizer):
+    return ThinkFormat.of(tokenizer)
+
+
+def make_tiny_model(tokenizer, *, seed=0, dtype=torch.float32, tie=True):
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        tie_word_embeddings=tie,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        initializer_range=0.3,  # large, so that distributions are far from uniform and differences show
+    )
+    model = Qwen3ForCausalLM(config).to(dtype)
+    model.set_attn_implementation(PACKED_ATTENTION)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_model(tokenizer):
+    return make_tiny_model(tokenizer)
+
+
+@pytest.fixture
+def tiny_folder(tokenizer, tmp_path):
+    """A model folder of the tiny random model."""
+    folder = tmp_path / "tiny"
+    make_tiny_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_traces(tokenizer, think, num_traces, *, seed=0):
+    """Traces in the demo's format with the generator's worked solutions as reasoning (what they say does not matter)."""
+    problems = draw_problems("train", seed=seed)
+    rng = random.Random(seed)
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    traces = []
+    for index in range(num_traces):
+        problem = next(problems)
+        text = " ".join(problem.reasoning.split()[: rng.randint(1, 40)])
+        traces.append(
+            Trace(
+                id=f"trace-{index}",
+                question=problem.question,
+                gold=problem.answer,
+                prompt_ids=think.prompt_ids(tokenizer, [{"role": "user", "content": problem.question}]),
+                reasoning_ids=tokenizer(text, add_special_tokens=False).input_ids,
+                close_ids=list(think.natural_close_ids),
+                answer_ids=[
+                    *tokenizer(problem.response, add_special_tokens=False).input_ids,
+                    tokenizer.eos_token_id,
+                ],
+                reasoning=text,
+                answer=problem.response,
+                closed=True,
+                correct=True,
+                tokenizer=fingerprint,
+            )
+        )
+    return traces
+
+
+@pytest.fixture
+def traces(tokenizer, think):
+    return make_traces(tokenizer, think, 7)

@@ -1,0 +1,3 @@
+"""Distil reasoning language models from partial chains of thought."""
+
+__version__ = "0.1.0"

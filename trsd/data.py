@@ -1,0 +1,181 @@
+"""User data as questions or traces: local jsonl / parquet or a Hugging Face data set name, by its columns.
+
+    messages                        a conversation; an assistant turn with thinking makes it a trace
+    prompt + reasoning + answer     a trace as text
+    question + answer               a question with its reference answer; the teacher writes the trace
+    prompt_ids, reasoning_ids, ...  a stored trace file
+
+A row that cannot be used is dropped by a named reason and counted; a row that is malformed raises with its number.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from trsd.grading import extract_answer, grade
+from trsd.models import tokenizer_fingerprint
+from trsd.paths import resolve_bundled
+from trsd.thinking import ThinkFormat
+from trsd.traces import DataError, Trace, content_key, read_rows, trace_from_row
+
+NO_CLOSE = "no close tag: the thinking never ends"
+NO_ANSWER = "answer of zero tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A prompt to be answered, with the reference answer when one is known."""
+
+    id: str
+    question: str
+    messages: list[dict[str, str]]
+    gold: str | None
+
+
+@dataclass
+class Loaded:
+    """What a data source held."""
+
+    questions: list[Question] = field(default_factory=list)
+    traces: list[Trace] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Rows left out, by reason."""
+
+
+def load_data(source: str, *, tokenizer: Any, think: ThinkFormat, max_rows: int | None = None) -> Loaded:
+    """Read up to ``max_rows`` rows of ``source``; duplicates of a question are dropped and counted."""
+    loaded, seen = Loaded(), set()
+    reader = RowReader(tokenizer, think)
+    for where, row in islice(source_rows(source), max_rows):
+        item = reader.read(row, where=where)
+        if isinstance(item, str):
+            loaded.dropped[item] += 1
+        elif item.id in seen:
+            loaded.dropped["the same question again"] += 1
+        else:
+            seen.add(item.id)
+            (loaded.traces if isinstance(item, Trace) else loaded.questions).append(item)
+    if loaded.traces and loaded.questions:
+        raise DataError(
+            f"{source} mixes {len(loaded.traces)} rows with reasoning and {len(loaded.questions)} without: split them "
+            "into two files, or generate traces for the latter first (python -m trsd.generate)"
+        )
+    if not loaded.traces and not loaded.questions:
+        raise DataError(f"{source} holds no usable row ({describe_drops(loaded.dropped) or 'it is empty'})")
+    return loaded
+
+
+def describe_drops(dropped: Counter[str]) -> str:
+    """``3 x reason, 1 x other reason``; empty when nothing was dropped."""
+    return ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
+
+
+def source_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a local file or, for a name that is no path, of the train split of a Hugging Face data set."""
+    path = Path(resolve_bundled(source))
+    if path.exists() or path.suffix or source.count("/") != 1:
+        yield from read_rows(path)
+        return
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(
+            f"{source} is no local file; for data sets of the hub install: pip install 'trsd[data]'"
+        ) from None
+    for number, row in enumerate(datasets.load_dataset(source, split="train", streaming=True), start=1):
+        yield f"{source}:{number}", row
+
+
+class RowReader:
+    """Turns rows into questions or traces; the columns decide."""
+
+    def __init__(self, tokenizer: Any, think: ThinkFormat) -> None:
+        self.tokenizer = tokenizer
+        self.think = think
+        self.fingerprint = tokenizer_fingerprint(tokenizer)
+
+    def read(self, row: dict[str, Any], *, where: str) -> Question | Trace | str:
+        """A question, a trace, or the reason why the row is dropped."""
+        if "prompt_ids" in row:
+            return trace_from_row(row, where=where, tokenizer_fingerprint=self.fingerprint)
+        if "messages" in row:
+            return self._messages(row, where=where)
+        if {"prompt", "reasoning", "answer"} <= row.keys():
+            prompt, reasoning, answer = (_text(row, name, where) for name in ("prompt", "reasoning", "answer"))
+            return self._trace([{"role": "user", "content": prompt}], reasoning, answer, gold=row.get("gold"))
+        if "question" in row or "problem" in row:
+            name = "question" if "question" in row else "problem"
+            question = _text(row, name, where)
+            gold = (
+                extract_answer(_text(row, "answer", where), whole_text=True) if row.get("answer") is not None else None
+            )
+            return self._question([{"role": "user", "content": question}], gold)
+        raise DataError(
+            f"{where}: columns {sorted(row)} fit no known form; expected messages, or prompt + reasoning + answer, or "
+            "question + answer"
+        )
+
+    def _messages(self, row: dict[str, Any], *, where: str) -> Question | Trace | str:
+        messages = row["messages"]
+        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+            raise DataError(f"{where}: messages must be a list of objects with role and content")
+        for message in messages:
+            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+                raise DataError(f"{where}: every message needs a role and a content of text")
+        gold = str(row["answer"]) if row.get("answer") is not None else None
+        if messages[-1]["role"] != "assistant":
+            return self._question(messages, gold)
+        before, last = messages[:-1], messages[-1]
+        if isinstance(last.get("reasoning_content"), str):
+            return self._trace(before, last["reasoning_content"], last["content"], gold=gold)
+        text = last["content"].strip().removeprefix(self.think.opener.strip())
+        reasoning, tag, answer = text.partition(self.think.close_tag)
+        return self._trace(before, reasoning, answer, gold=gold) if tag else NO_CLOSE
+
+    def _question(self, messages: list[dict[str, str]], gold: str | None) -> Question | str:
+        text = "\n".join(message["content"] for message in messages)
+        if not text.strip():
+            return "empty prompt"
+        return Question(id=content_key(text, "0"), question=text, messages=messages, gold=gold)
+
+    def _trace(
+        self, messages: list[dict[str, str]], reasoning: str, answer: str, *, gold: str | None
+    ) -> Question | Trace | str:
+        question = self._question(messages, gold)
+        if isinstance(question, str):
+            return question
+        reasoning, answer = reasoning.strip("\n"), answer.strip()
+        if not answer:
+            return NO_ANSWER
+        if self.think.close_tag in reasoning:
+            return "close tag inside the reasoning"
+
+        def encode(text: str) -> list[int]:
+            return self.tokenizer(text, add_special_tokens=False).input_ids
+
+        return Trace(
+            id=question.id,
+            question=question.question,
+            gold=gold,
+            prompt_ids=self.think.prompt_ids(self.tokenizer, messages),
+            reasoning_ids=encode(reasoning) if reasoning else [],
+            close_ids=list(self.think.natural_close_ids),
+            answer_ids=[*encode(answer), self.tokenizer.eos_token_id],
+            reasoning=reasoning,
+            answer=answer,
+            closed=True,
+            correct=None if gold is None else grade(answer, gold),
+            tokenizer=self.fingerprint,
+        )
+
+
+def _text(row: dict[str, Any], name: str, where: str) -> str:
+    value = row.get(name)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {name} must be text, got {type(value).__name__}")
+    return value

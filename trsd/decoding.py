@@ -1,0 +1,168 @@
+"""Budget-forced decoding (s1, arXiv 2501.19393): think up to a budget, append the closer, let the model answer.
+
+A question is thought about once. Its answer at a budget b is the natural one when the thinking ended by itself within
+b tokens, else the continuation of ``prompt | reasoning[:b] | closer``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from trsd.models import plain_attention
+from trsd.thinking import ThinkFormat, space_tokens
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn; ``temperature`` 0 is greedy."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """An answer and the thinking it followed."""
+
+    reasoning_ids: list[int]
+    close_ids: list[int]
+    """Empty when the thinking never ended and nothing closed it."""
+    answer_ids: list[int]
+    closed: bool
+    """The thinking ended by itself."""
+    finished: bool
+    """The answer ended with EOS."""
+
+
+class Decoder:
+    """Batched decoding with one model, tokenizer and think format."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        think: ThinkFormat,
+        *,
+        batch_size: int = 128,
+        sampling: Sampling | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.think = think
+        self.batch_size = batch_size
+        self.sampling = sampling or Sampling()
+        self.progress = progress
+        self.is_space = space_tokens(tokenizer)
+        eos = model.generation_config.eos_token_id
+        self.eos_ids = sorted({tokenizer.eos_token_id, *([eos] if isinstance(eos, int) else eos or [])})
+
+    def think_and_answer(
+        self, prompts: Sequence[Sequence[int]], *, max_thinking_tokens: int, max_answer_tokens: int
+    ) -> list[Answer]:
+        """Let the model think and answer freely; thinking that passes its limit stays without close and answer."""
+        written = self._complete(prompts, max_new_tokens=max_thinking_tokens + max_answer_tokens)
+        return [self._split(ids, max_thinking_tokens, max_answer_tokens) for ids in written]
+
+    def answer_after(
+        self, prompts: Sequence[Sequence[int]], reasonings: Sequence[Sequence[int]], *, max_answer_tokens: int
+    ) -> list[Answer]:
+        """Close each (already cut) reasoning with the closer and let the model answer."""
+        closer = list(self.think.closer_ids)
+        contexts = [[*prompt, *reasoning, *closer] for prompt, reasoning in zip(prompts, reasonings, strict=True)]
+        written = self._complete(contexts, max_new_tokens=max_answer_tokens)
+        return [
+            Answer(
+                reasoning_ids=list(reasoning),
+                close_ids=closer,
+                answer_ids=ids,
+                closed=False,
+                finished=ids[-1] in self.eos_ids,
+            )
+            for reasoning, ids in zip(reasonings, written, strict=True)
+        ]
+
+    def answers_at_budgets(
+        self,
+        prompts: Sequence[Sequence[int]],
+        free: Sequence[Answer],
+        budgets: Sequence[int],
+        *,
+        max_answer_tokens: int,
+    ) -> dict[int, list[Answer]]:
+        """The answer of every question at every budget, from its free thinking ``free``."""
+        forced = [
+            (budget, index)
+            for budget in budgets
+            for index, answer in enumerate(free)
+            if not (answer.closed and len(answer.reasoning_ids) <= budget)
+        ]
+        answers = self.answer_after(
+            [prompts[index] for _, index in forced],
+            [free[index].reasoning_ids[:budget] for budget, index in forced],
+            max_answer_tokens=max_answer_tokens,
+        )
+        at_budgets = {budget: list(free) for budget in budgets}
+        for (budget, index), answer in zip(forced, answers, strict=True):
+            at_budgets[budget][index] = answer
+        return at_budgets
+
+    def _split(self, ids: list[int], max_thinking_tokens: int, max_answer_tokens: int) -> Answer:
+        parts = self.think.split(ids, self.is_space)
+        if parts is None or len(parts[0]) > max_thinking_tokens:
+            reasoning = [i for i in ids[:max_thinking_tokens] if i not in self.eos_ids]
+            return Answer(reasoning_ids=reasoning, close_ids=[], answer_ids=[], closed=False, finished=False)
+        reasoning, close, answer = parts
+        answer = answer[:max_answer_tokens]
+        finished = bool(answer) and answer[-1] in self.eos_ids
+        return Answer(reasoning_ids=reasoning, close_ids=close, answer_ids=answer, closed=True, finished=finished)
+
+    @torch.no_grad()
+    def _complete(self, contexts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
+        """What the model writes after each context, up to and with EOS, in the order of ``contexts``."""
+        order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
+        written: list[list[int]] = [[] for _ in contexts]
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if order and limit and len(contexts[order[0]]) >= limit:
+            raise ValueError(f"a context of {len(contexts[order[0]])} tokens leaves no room in the model's {limit}")
+        torch.manual_seed(self.sampling.seed)
+        with plain_attention(self.model):
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                longest = len(contexts[batch[0]])
+                room = min(max_new_tokens, limit - longest) if limit else max_new_tokens
+                for index, ids in zip(batch, self._generate([contexts[i] for i in batch], room), strict=True):
+                    written[index] = ids
+                if self.progress:
+                    self.progress(min(start + self.batch_size, len(order)), len(order))
+        return written
+
+    def _generate(self, contexts: list[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        length, device = len(contexts[0]), self.model.device
+        input_ids = torch.full((len(contexts), length), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(input_ids)
+        for row, context in enumerate(contexts):  # left padding, so that all rows continue at the right edge
+            input_ids[row, length - len(context) :] = torch.tensor(context)
+            mask[row, length - len(context) :] = 1
+        greedy = self.sampling.temperature == 0
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=not greedy,
+            temperature=None if greedy else self.sampling.temperature,
+            top_p=None if greedy else self.sampling.top_p,
+            top_k=None if greedy else 0,
+            eos_token_id=self.eos_ids,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        output = self.model.generate(input_ids.to(device), attention_mask=mask.to(device), generation_config=config)
+        return [self._up_to_eos(row) for row in output[:, length:].tolist()]
+
+    def _up_to_eos(self, ids: list[int]) -> list[int]:
+        end = next((i for i, token in enumerate(ids) if token in self.eos_ids), len(ids) - 1)
+        return ids[: end + 1]

@@ -1,0 +1,1 @@
+"""The bundled tiny reasoner, its problems, and the scripts that made both."""

@@ -1,0 +1,1 @@
+"""What each distillation method does with a trace, one file a method."""

@@ -1,0 +1,70 @@
+"""Truncated-Reasoning Self-Distillation (arXiv 2603.13274): the same answer, after less thinking.
+
+The teacher, a frozen copy of the student, answered y after its whole reasoning r; the student sees only r[:c]:
+
+    loss = mean_t D(p_T(y_t | x, r, y_<t), p_S(y_t | x, r[:c], closer, y_<t)),    t over the answer tokens     (1)
+
+The first supervised position is the last closer token, which predicts y_1. Student and teacher rows belong together by
+answer position; their absolute positions differ. A cut that keeps all of r keeps the trace's own close too.
+"""
+
+from collections.abc import Sequence
+
+from trsd.batching import Example
+from trsd.cuts import CutPolicy, cut_generator, snap
+from trsd.thinking import ThinkFormat
+from trsd.traces import Trace
+
+
+def full_example(trace: Trace, trace_index: int) -> Example:
+    """What the teacher sees: the whole trace, its answer tokens as labels."""
+    context = [*trace.prompt_ids, *trace.reasoning_ids, *trace.close_ids]
+    return _answer_example(context, trace, trace_index)
+
+
+def cut_example(trace: Trace, trace_index: int, cut: int, think: ThinkFormat) -> Example:
+    """What the student sees: the first ``cut`` reasoning tokens, the closer, and the answer to learn."""
+    if not 0 <= cut <= len(trace.reasoning_ids):
+        raise ValueError(f"trace {trace.id}: cut {cut} is outside its {len(trace.reasoning_ids)} reasoning tokens")
+    if cut == len(trace.reasoning_ids):
+        return full_example(trace, trace_index)
+    context = [*trace.prompt_ids, *trace.reasoning_ids[:cut], *think.closer_ids]
+    return _answer_example(context, trace, trace_index)
+
+
+def _answer_example(context: list[int], trace: Trace, trace_index: int) -> Example:
+    # The last answer token is a label only: nothing is predicted from it.
+    return Example(trace_index=trace_index, input_ids=[*context, *trace.answer_ids[:-1]], labels=list(trace.answer_ids))
+
+
+class TRSD:
+    """Makes each step's examples; the cut of a trace is drawn anew every epoch."""
+
+    def __init__(
+        self,
+        traces: Sequence[Trace],
+        think: ThinkFormat,
+        policy: CutPolicy,
+        *,
+        seed: int,
+        sentence_end: Sequence[bool] | None = None,
+    ) -> None:
+        """``sentence_end[token]`` tells the tokens that end a sentence; given, cuts snap back to one."""
+        self.traces = traces
+        self.think = think
+        self.policy = policy
+        self.seed = seed
+        self.sentence_end = sentence_end
+
+    def cut(self, epoch: int, trace_index: int) -> int:
+        """After how many reasoning tokens the trace is cut in ``epoch``."""
+        trace = self.traces[trace_index]
+        length = len(trace.reasoning_ids)
+        cut = self.policy(length, cut_generator(self.seed, epoch, trace.id))
+        if self.sentence_end is None or cut == length:
+            return cut
+        return snap(cut, [i + 1 for i, token in enumerate(trace.reasoning_ids) if self.sentence_end[token]])
+
+    def examples(self, members: Sequence[tuple[int, int]]) -> list[Example]:
+        """The examples of (epoch, trace index) pairs."""
+        return [cut_example(self.traces[index], index, self.cut(epoch, index), self.think) for epoch, index in members]

@@ -1,0 +1,80 @@
+"""Metrics: every step as a line of metrics.jsonl, some as a line on the screen."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class MetricsLog:
+    """Appends steps to ``path``; on a resumed run what lay beyond the resumed step is dropped first."""
+
+    def __init__(self, path: Path, *, first_step: int) -> None:
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:  # a line torn by a crash; its step is run again
+                    continue
+                if row["step"] <= first_step:
+                    kept.append(line)
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self._stream = path.open("a")
+
+    def write(self, **values: float) -> None:
+        """Append one step."""
+        self._stream.write(json.dumps(values) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """All steps of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def progress_bar(what: str) -> Callable[[int, int], None]:
+    """A callback (done, total) that draws a bar on a terminal and stays silent elsewhere."""
+    if not sys.stderr.isatty():
+        return lambda done, total: None
+    bar = tqdm(desc=what, leave=False)
+
+    def update(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return update
+
+
+def step_line(step: int, num_steps: int, values: dict[str, float], *, remaining_seconds: float) -> str:
+    """The printed line of one step."""
+    minutes, seconds = divmod(round(remaining_seconds), 60)
+    return (
+        f"step {step:>{len(str(num_steps))}}/{num_steps}  loss {values['loss']:.4f}  "
+        f"grad_norm {values['grad_norm']:.2f}  lr {values['learning_rate']:.1e}  "
+        f"{values['step_seconds']:.2f} s  {values['tokens_per_second']:,.0f} tokens/s  eta {minutes}:{seconds:02d}"
+    )
+
+
+class Stopwatch:
+    """Seconds since it was made, and named parts of them."""
+
+    def __init__(self) -> None:
+        self._start = self._lap = time.perf_counter()
+        self.parts: dict[str, float] = {}
+
+    def lap(self, name: str) -> float:
+        """Book the time since the last lap under ``name`` and return it."""
+        now = time.perf_counter()
+        seconds, self._lap = now - self._lap, now
+        self.parts[name] = self.parts.get(name, 0.0) + seconds
+        return seconds

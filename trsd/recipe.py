@@ -1,0 +1,281 @@
+"""The recipe: every setting of a run in one strict dataclass, from YAML and then from flags.
+
+An unknown key, a wrong type or a contradiction ends the program with exit code 2, the key's name and a suggestion.
+"""
+
+import argparse
+import difflib
+import re
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import tyro
+import yaml
+
+from trsd.paths import resolve_bundled
+
+DEFAULT_CONFIG = Path(__file__).parent / "recipes" / "demo.yaml"
+
+
+def comma_list(item: type, metavar: str) -> Any:
+    """A tyro constructor for a tuple written as ``a,b,c``."""
+
+    def parse(args: list[str]) -> tuple[Any, ...]:
+        return tuple(item(part.strip()) for part in args[0].split(",") if part.strip())
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(part, item) for part in value),
+        str_from_instance=lambda value: [",".join(str(part) for part in value)],
+    )
+
+
+Floats = Annotated[tuple[float, ...], comma_list(float, "FLOAT,FLOAT,...")]
+Ints = Annotated[tuple[int, ...], comma_list(int, "INT,INT,...")]
+Budgets = Annotated[tuple[str, ...], comma_list(str, "TOKENS|PERCENT%,...")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Distil a reasoning model from partial chains of thought."""
+
+    model_name_or_path: str = "bundled:reasoner"
+    """The student: a model folder, a hub name, or a bundled model."""
+    teacher_model_name_or_path: str | None = None
+    """The teacher; left out, a frozen copy of the student."""
+    data: str = "bundled:questions/train.jsonl"
+    """Training data: a .jsonl or .parquet file, or a hub data set; data.py tells the columns."""
+    eval_data: str | None = None
+    """Questions to evaluate on before and after training; left out, there is no evaluation."""
+    output_dir: str | None = None
+    """Where the run is kept; left out, runs/<recipe>-<time>."""
+    method: Literal["trsd"] = "trsd"
+    """trsd: the student sees a cut trace and matches the teacher's answer distribution given the whole one."""
+    max_train_samples: int | None = None
+    """Use only so many rows of the training data."""
+    max_eval_samples: int | None = None
+    """Use only so many rows of the evaluation data."""
+    trust_remote_code: bool = False
+    """Allow model folders to run their own Python code."""
+
+    max_thinking_tokens: int = 1024
+    """Most reasoning tokens the teacher writes for a trace, and the unconstrained evaluation allows."""
+    max_answer_tokens: int = 64
+    """Most tokens of an answer, after the thinking is closed."""
+    sampling_temperature: float = 0.0
+    """Temperature when the teacher writes traces; 0 is greedy."""
+    sampling_top_p: float = 1.0
+    """Nucleus mass when the teacher writes traces."""
+    generation_batch_size: int = 128
+    """Sequences decoded together."""
+    close_unfinished: bool = False
+    """Close thinking that reaches max_thinking_tokens with the closer, instead of dropping the trace."""
+    filter: Literal["none", "correct_only"] = "none"
+    """Which traces to learn from."""
+
+    cut: Literal["uniform", "log_uniform", "fractions", "budgets"] = "uniform"
+    """Where traces are cut, drawn anew every epoch: cuts.py tells each policy."""
+    cut_fractions: Floats = (0.25, 0.5, 0.75)
+    """Shares of the reasoning kept, for cut=fractions."""
+    cut_budgets: Ints = (64, 256, 1024)
+    """Reasoning tokens kept, for cut=budgets."""
+    snap_to_sentence: bool = False
+    """Move each cut back to the last sentence end."""
+    anchor_share: float = 0.1
+    """Share of examples that keep the whole reasoning."""
+    closer: str = "template"
+    """What closes a cut trace: template, qwen3_early_stop, anytime, or a text that holds the close tag."""
+    open_tag: str = "<think>"
+    """The tag that opens thinking."""
+    close_tag: str = "</think>"
+    """The tag that ends thinking."""
+
+    teacher: Literal["hidden_cache", "online"] = "hidden_cache"
+    """hidden_cache: the teacher's final hidden states, computed once; online: the teacher runs at every step."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """Divergence between the teacher's and the student's answer distributions."""
+    alpha: float = 1.0
+    """Share of the divergence in the loss; the rest is cross-entropy on the trace's answer."""
+    beta: float = 0.5
+    """Weight of the teacher in the jsd mixture; 0 is forward and 1 reverse KL."""
+    temperature: float = 1.0
+    """Temperature of both distributions inside the divergence (not of sampling)."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["cosine", "onecycle", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_ratio: float = 0.1
+    """Share of the steps that warm up."""
+    weight_decay: float = 0.0
+    """AdamW's decay of matrices; norms and biases never decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    num_train_epochs: float = 1.0
+    """Passes over the traces, when max_steps is left out."""
+    max_steps: int | None = None
+    """Optimizer steps; overrides num_train_epochs."""
+    train_batch_size: int = 64
+    """Traces per optimizer step."""
+    max_tokens_per_batch: int = 16384
+    """Tokens in one packed row; a step that needs more rows accumulates their gradients."""
+    max_length: int = 4096
+    """Longer traces are dropped and counted."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    bf16: bool | None = None
+    """Compute in bf16 over fp32 weights; left out: on a GPU yes, on a CPU no."""
+    seed: int = 0
+    """Seed of sampling, cuts and order."""
+
+    eval_budgets: Budgets = ("0%", "25%", "50%", "75%", "100%")
+    """Thinking budgets to evaluate: tokens, or percent of the untrained student's median thinking."""
+    logging_steps: int = 10
+    """A line is printed every so many steps; metrics.jsonl gets every step."""
+    save_steps: int | None = None
+    """A checkpoint every so many steps; the last step always has one."""
+    resume_from_checkpoint: str | None = None
+    """latest, or a checkpoint folder of output_dir."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, each as ``field: what to do``; empty when all is well."""
+        found = []
+        for name in ("anchor_share", "alpha", "beta", "warmup_ratio", "sampling_top_p"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                found.append(f"{name}: expected 0 to 1, got {getattr(self, name)}")
+        for name in (
+            "max_thinking_tokens",
+            "max_answer_tokens",
+            "generation_batch_size",
+            "train_batch_size",
+            "max_length",
+            "logging_steps",
+            "save_steps",
+            "max_steps",
+            "max_train_samples",
+            "max_eval_samples",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(f"{name}: expected at least 1, got {value}")
+        for name in ("temperature", "learning_rate", "max_grad_norm", "num_train_epochs"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                found.append(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.sampling_temperature < 0:
+            found.append(f"sampling_temperature: expected 0 (greedy) or more, got {self.sampling_temperature}")
+        if self.max_tokens_per_batch < self.max_length:
+            found.append(
+                f"max_tokens_per_batch: {self.max_tokens_per_batch} cannot hold a trace of max_length "
+                f"{self.max_length}: raise the former or lower the latter"
+            )
+        if self.cut == "fractions" and not (self.cut_fractions and all(0 <= f <= 1 for f in self.cut_fractions)):
+            found.append(f"cut_fractions: expected numbers from 0 to 1, got {self.cut_fractions}")
+        if self.cut == "budgets" and not (self.cut_budgets and all(b >= 0 for b in self.cut_budgets)):
+            found.append(f"cut_budgets: expected token counts, got {self.cut_budgets}")
+        found += [f"eval_budgets: {error}" for error in budget_problems(self.eval_budgets)]
+        if self.resume_from_checkpoint and not self.output_dir:
+            found.append("resume_from_checkpoint: say which run with output_dir")
+        return found
+
+
+def budget_problems(budgets: tuple[str, ...]) -> list[str]:
+    """What is wrong with a list of ``64`` or ``50%`` budgets."""
+    bad = [text for text in budgets if not re.fullmatch(r"\d+(\.\d+)?%|\d+", text)]
+    return [f"expected token counts or percents such as 64 or 50%, got {', '.join(bad)}"] if bad else []
+
+
+def resolve_budgets(budgets: tuple[str, ...], median_thinking_tokens: float) -> dict[str, int]:
+    """Token counts of ``budgets``, percents taken of the median thinking length."""
+    return {
+        text: round(float(text[:-1]) / 100 * median_thinking_tokens) if text.endswith("%") else int(text)
+        for text in budgets
+    }
+
+
+def fail(message: str) -> NoReturn:
+    """Print what is wrong and exit with code 2, as for any wrong command line."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _as_flags(values: dict[str, Any], path: Path) -> list[str]:
+    """YAML values as command-line words, so that one parser checks both; unknown keys are refused here."""
+    known = [entry.name for entry in fields(Recipe)]
+    words = []
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(known)}"
+            fail(f"{path}: unknown key {key!r}{hint}")
+        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, list | dict) for v in value)):
+            fail(f"{path}: {key}: expected a plain value, got {value!r}")
+        words += [f"--{key}", ",".join(str(part) for part in value) if isinstance(value, list) else str(value)]
+    return words
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe of a YAML file over the defaults; exits with code 2 when it is wrong."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        fail(f"no recipe at {path}")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        fail(f"{path} is not YAML: {error}")
+    if not isinstance(values, dict):
+        fail(f"{path}: expected `key: value` lines, got {type(values).__name__}")
+    try:
+        return tyro.cli(Recipe, args=_as_flags(values, path), prog=str(path), use_underscores=True, config=_TYRO_CONFIG)
+    except SystemExit:
+        print(f"error: the value above is wrong in {path}", file=sys.stderr)
+        raise
+
+
+_TYRO_CONFIG = (tyro.conf.FlagConversionOff,)
+
+
+def parse_recipe(argv: list[str] | None = None) -> tuple[Recipe, str, bool]:
+    """(recipe, its name, dry run) of a command line: the YAML of ``--config``, then the flags."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=str, default=str(DEFAULT_CONFIG))
+    parser.add_argument("--dry_run", action="store_true")
+    own, rest = parser.parse_known_args(argv)
+    path = Path(resolve_config(own.config))
+    base = load_recipe(path)
+    description = (
+        "Distil a reasoning model from partial chains of thought.\n\n"
+        f"--config FILE   YAML recipe the flags override (default: the demo; shipped: {', '.join(shipped_recipes())})\n"
+        "--dry_run       print the resolved recipe and stop"
+    )
+    recipe = tyro.cli(
+        Recipe,
+        args=rest,
+        default=base,
+        prog="python -m trsd.train",
+        description=description,
+        use_underscores=True,
+        config=_TYRO_CONFIG,
+    )
+    if found := recipe.problems():
+        fail("\n       ".join(found))
+    return recipe, path.stem, own.dry_run
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in DEFAULT_CONFIG.parent.glob("*.yaml"))
+
+
+def resolve_config(text: str) -> str:
+    """A YAML path, or the bare name of a shipped recipe."""
+    shipped = DEFAULT_CONFIG.parent / f"{text}.yaml"
+    return str(shipped) if shipped.exists() and not Path(text).exists() else resolve_bundled(text)
+
+
+def recipe_as_yaml(recipe: Recipe) -> str:
+    """The recipe as a YAML file that loads to the same recipe."""
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(recipe).items()}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,194 @@
+"""``python -m trsd.report RUN_DIR`` writes RUN_DIR/report.html: one self-contained page about a run.
+
+Curve before and after, the numbers under it, the loss, answers side by side, recipe and versions. Also the printed
+summary and the model card.
+"""
+
+import base64
+import html
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from trsd.metrics import read_metrics
+from trsd.plots import plot_curves, plot_loss
+from trsd.recipe import Recipe, recipe_as_yaml
+from trsd.run import RECIPE_FILE
+
+STYLE = """
+body{font:16px/1.55 system-ui,sans-serif;color:#1f2937;max-width:60rem;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.25rem .8rem;text-align:right}
+th{border-bottom:1px solid #9ca3af;font-weight:600}td:first-child,th:first-child{text-align:left}
+img{max-width:100%}pre{background:#f3f4f6;padding:.8rem;overflow-x:auto;font-size:.82rem;white-space:pre-wrap}
+.lead{color:#4b5563}.right{color:#15803d}.wrong{color:#b91c1c}.cards{display:flex;gap:1rem;flex-wrap:wrap}
+.card{border:1px solid #e5e7eb;border-radius:.5rem;padding:.6rem 1rem}.card b{display:block;font-size:1.5rem}
+details{margin:.6rem 0}summary{cursor:pointer}
+"""
+
+
+def headline(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """The pairs (before, after) a reader asks for first."""
+    pairs = {}
+    if before["auc"] is not None:
+        pairs["area under the curve"] = (before["auc"], after["auc"])
+    pairs["unconstrained accuracy"] = (before["unconstrained"]["accuracy"], after["unconstrained"]["accuracy"])
+    name = "mean_thinking_tokens"
+    pairs["unconstrained thinking tokens"] = (before["unconstrained"][name], after["unconstrained"][name])
+    return pairs
+
+
+def summary(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Before and after as a text table."""
+    lines = ["\nbudget      tokens    before     after"]
+    for old, new in zip(before["budgets"], after["budgets"], strict=True):
+        lines.append(f"{old['budget']:<10} {old['tokens']:>7}  {old['accuracy']:>8.3f}  {new['accuracy']:>8.3f}")
+    lines += [f"{name}: {old:.3f} -> {new:.3f}" for name, (old, new) in headline(before, after).items()]
+    return "\n".join(lines)
+
+
+def model_card(recipe: Recipe, closer: str, step: int) -> str:
+    """README.md of a checkpoint: what it is and how it must be served."""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [trsd, reasoning, distillation]
+---
+# {recipe.model_name_or_path} after {step} steps of {recipe.method.upper()}
+
+Trained to answer well after any amount of thinking. To stop the thinking at a budget, append this closer, the one it
+was trained with, and let the model answer:
+
+```
+{closer!r}
+```
+
+Recipe:
+
+```yaml
+{recipe_as_yaml(recipe)}```
+"""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``run_dir``/report.html (and curve.png, loss.png) from what the run left; returns its path."""
+    before, after = (_read(run_dir / "eval" / f"{name}.json") for name in ("before", "after"))
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    recipe_text = (run_dir / RECIPE_FILE).read_text(encoding="utf-8")
+    parts = [f"<h1>{html.escape(run_dir.name)}</h1>", f'<p class="lead">{_lead(metrics, run_dir)}</p>']
+    if before and after:
+        plot_curves({"before": before, "after": after}, run_dir / "curve.png")
+        cards = "".join(
+            f'<div class="card">{name}<b>{_number(old)} → {_number(new)}</b></div>'
+            for name, (old, new) in headline(before, after).items()
+        )
+        parts.append(f'<div class="cards">{cards}</div>')
+        parts += ["<h2>Accuracy against thinking budget</h2>", _image(run_dir / "curve.png", "accuracy against budget")]
+        parts.append(_curve_table(before, after))
+    if metrics:
+        plot_loss([row["step"] for row in metrics], [row["loss"] for row in metrics], run_dir / "loss.png")
+        parts += ["<h2>Loss</h2>", _image(run_dir / "loss.png", "training loss")]
+    if before and after:
+        parts += [
+            "<h2>Side by side</h2>",
+            *(_example(*pair) for pair in zip(before["examples"], after["examples"], strict=True)),
+        ]
+    parts += ["<h2>Traces left out</h2>", f"<p>{_drops(run_dir)}</p>"]
+    parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(recipe_text)}</pre>"]
+    parts += ["<h2>Versions</h2>", f"<pre>{html.escape((run_dir / 'environment.json').read_text())}</pre>"]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(run_dir.name)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+    path = run_dir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value > 1 else f"{value:.3f}"
+
+
+def _lead(metrics: list[dict[str, float]], run_dir: Path) -> str:
+    totals = _read(run_dir / "totals.json")
+    text = f"{len(metrics)} optimizer steps"
+    if metrics:
+        text += f", {sum(row['tokens'] for row in metrics):,.0f} tokens without padding"
+    if totals:
+        text += f"; whole run {totals['seconds']:.0f} s, peak memory {totals['peak_memory_gib']:.2f} GiB"
+    return text + "."
+
+
+def _image(path: Path, alternative: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{alternative}" src="data:image/png;base64,{data}">'
+
+
+def _drops(run_dir: Path) -> str:
+    dropped = _read(run_dir / "traces" / "dropped.json") or {}
+    return html.escape(", ".join(f"{count} × {reason}" for reason, count in dropped.items()) or "None.")
+
+
+def _curve_table(before: dict[str, Any], after: dict[str, Any]) -> str:
+    def cells(row: dict[str, float]) -> str:
+        return (
+            f"<td>{row['accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}]</td><td>{row['no_answer_rate']:.0%}</td>"
+            f"<td>{row['termination_rate']:.0%}</td>"
+        )
+
+    head = "".join(
+        f"<th>{when}: accuracy</th><th>no answer</th><th>ends by itself</th>" for when in ("before", "after")
+    )
+    rows = "".join(
+        f"<tr><td>{old['budget']}</td><td>{old['tokens']}</td>{cells(old)}{cells(new)}</tr>"
+        for old, new in zip(before["budgets"], after["budgets"], strict=True)
+    )
+    free = cells(before["unconstrained"]) + cells(after["unconstrained"])
+    lengths = " → ".join(f"{result['unconstrained']['mean_thinking_tokens']:.1f}" for result in (before, after))
+    return (
+        f"<table><tr><th>budget</th><th>tokens</th>{head}</tr>{rows}"
+        f"<tr><td>free</td><td>{lengths}</td>{free}</tr></table>"
+        f"<p class='lead'>{before['num_questions']} questions; intervals are 95 %, bootstrapped over questions.</p>"
+    )
+
+
+def _example(before: dict[str, Any], after: dict[str, Any]) -> str:
+    def answer(entry: dict[str, Any]) -> str:
+        kind = "right" if entry["correct"] else "wrong"
+        return f'<td class="{kind}">{html.escape(entry["answer"]) or "—"}</td>'
+
+    rows = "".join(
+        f"<tr><td>{old['budget']} ({old['tokens']})</td>{answer(old)}{answer(new)}</tr>"
+        for old, new in zip(before["at_budgets"], after["at_budgets"], strict=True)
+    )
+    lengths = f"free ({before['thinking_tokens']} → {after['thinking_tokens']})"
+    free = f"<tr><td>{lengths}</td>{answer(before)}{answer(after)}</tr>"
+    question, gold = html.escape(before["question"]), html.escape(before["gold"])
+    thoughts = "".join(f"<pre>{html.escape(result['reasoning'])}</pre>" for result in (before, after))
+    return (
+        f"<details open><summary>{question} <i>(answer {gold})</i></summary>"
+        f"<table><tr><th>budget</th><th>before</th><th>after</th></tr>{rows}{free}</table>"
+        f"<details><summary>unconstrained thinking, before and after</summary>{thoughts}</details></details>"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the report of the run folder named on the command line."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python -m trsd.report RUN_DIR", file=sys.stderr)
+        raise SystemExit(0 if arguments in (["-h"], ["--help"]) else 2)
+    run_dir = Path(arguments[0])
+    if not (run_dir / RECIPE_FILE).exists():
+        print(f"error: {run_dir} is no run folder (it has no {RECIPE_FILE})", file=sys.stderr)
+        raise SystemExit(2)
+    print(write_report(run_dir))
+
+
+if __name__ == "__main__":
+    main()

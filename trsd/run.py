@@ -1,0 +1,82 @@
+"""A run's folder: made once, never overwritten, resumed only under the recipe it was started with."""
+
+import json
+import platform
+import re
+import time
+from dataclasses import fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from trsd.checkpoint import checkpoints
+from trsd.recipe import Recipe, recipe_as_yaml
+from trsd.traces import DataError
+
+RECIPE_FILE = "recipe.yaml"
+FREE_TO_CHANGE = {"resume_from_checkpoint", "logging_steps", "save_steps", "output_dir", "generation_batch_size"}
+
+
+def open_run(recipe: Recipe, name: str) -> tuple[Recipe, Path, Path | None]:
+    """Make or reopen the run folder of ``recipe``.
+
+    Returns:
+        The recipe with its ``output_dir``, the folder, and the checkpoint to resume from (None: from the beginning).
+
+    Raises:
+        DataError: the folder holds another run, or what is to be resumed does not exist or was another recipe's.
+    """
+    folder = Path(recipe.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    recipe = replace(recipe, output_dir=str(folder))
+    if recipe.resume_from_checkpoint:
+        return recipe, folder, _checkpoint_to_resume(recipe, folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise DataError(
+            f"output_dir {folder} already holds a run: choose another one, or go on with it by "
+            "--resume_from_checkpoint latest"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECIPE_FILE).write_text(recipe_as_yaml(recipe), encoding="utf-8")
+    (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    return recipe, folder, None
+
+
+def _checkpoint_to_resume(recipe: Recipe, folder: Path) -> Path | None:
+    if not (folder / RECIPE_FILE).exists():
+        raise DataError(f"output_dir {folder} holds no run to resume")
+    stored = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    now = yaml.safe_load(recipe_as_yaml(recipe))
+    names = [entry.name for entry in fields(Recipe) if entry.name not in FREE_TO_CHANGE]
+    changed = [f"{name}: {stored.get(name)} -> {now[name]}" for name in names if stored.get(name) != now[name]]
+    if changed:
+        raise DataError(f"cannot resume {folder} with another recipe ({'; '.join(changed)}): start a new output_dir")
+    if recipe.resume_from_checkpoint == "latest":
+        found = checkpoints(folder)
+        return found[-1] if found else None
+    wanted = Path(recipe.resume_from_checkpoint)
+    wanted = wanted if wanted.exists() else folder / wanted.name
+    if not re.fullmatch(r"checkpoint-\d+", wanted.name) or wanted.resolve().parent != folder.resolve():
+        raise DataError(f"resume_from_checkpoint: {recipe.resume_from_checkpoint} is no checkpoint of {folder}")
+    if not wanted.exists():
+        raise DataError(f"no checkpoint at {wanted}; {folder} has {[path.name for path in checkpoints(folder)]}")
+    return wanted
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine of this process."""
+    versions = {}
+    for package in ("torch", "transformers", "tokenizers", "safetensors", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "unknown"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return {"python": platform.python_version(), **versions, "device": device, "threads": torch.get_num_threads()}
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """The recipe a run was started with, as plain values."""
+    return yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))

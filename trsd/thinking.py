@@ -1,0 +1,115 @@
+"""Where thinking begins and ends in token ids, and how a cut trace is closed.
+
+A model thinks between an opener and a close tag, then answers. In a trace the tokens run
+
+    prompt (ends with the opener) | reasoning | close (tag and the whitespace after it) | answer (ends with EOS)
+
+A cut trace is ``prompt | reasoning[:cut] | closer | answer``. The closer is one string, the same in training,
+evaluation and serving; presets below. Tags may be single special tokens (Qwen3) or several ordinary ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+CLOSERS = {
+    # The chat template's own form, what the model writes when it stops by itself.
+    "template": "\n{close}\n\n",
+    # Qwen3 technical report (arXiv 2505.09388), section 4.3: the instruction that stops thinking at a budget.
+    "qwen3_early_stop": (
+        "Considering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
+        "{close}.\n\n"
+    ),
+    # AnytimeReasoner (arXiv 2505.13438).
+    "anytime": "...\n\n...\n\n{close}\n\n**Final Answer**\n",
+}
+
+
+def find_subsequence(ids: Sequence[int], pattern: Sequence[int], start: int = 0) -> int:
+    """Index of the first occurrence of ``pattern`` in ``ids`` from ``start`` on, or -1."""
+    for index in range(start, len(ids) - len(pattern) + 1):
+        if ids[index] == pattern[0] and list(ids[index : index + len(pattern)]) == list(pattern):
+            return index
+    return -1
+
+
+def encode_exactly(tokenizer: Any, text: str, *, what: str) -> list[int]:
+    """Token ids of ``text`` alone; refuses a text that does not come back the same: it would not be what is served."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if not ids or back != text:
+        raise ValueError(
+            f"{what} {text!r} cannot be tokenized alone: it comes back as {back!r}. Choose a text that survives this "
+            f"tokenizer, or one of the presets {', '.join(CLOSERS)}"
+        )
+    return ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinkFormat:
+    """How one tokenizer's model marks its thinking."""
+
+    opener: str
+    close_tag: str
+    closer: str
+    opener_ids: tuple[int, ...]
+    close_ids: tuple[int, ...]
+    closer_ids: tuple[int, ...]
+    natural_close_ids: tuple[int, ...]
+    """The close as the chat template writes it, for traces that come as text."""
+
+    @classmethod
+    def of(
+        cls, tokenizer: Any, *, closer: str = "template", open_tag: str = "<think>", close_tag: str = "</think>"
+    ) -> "ThinkFormat":
+        """The format of ``tokenizer``; ``closer`` is a preset's name or a text that holds the close tag."""
+        text = CLOSERS.get(closer, closer).replace("{close}", close_tag)
+        if close_tag not in text:
+            raise ValueError(
+                f"closer {text!r} does not hold {close_tag!r}, so thinking would never end: add it, or use one of the "
+                f"presets {', '.join(CLOSERS)}"
+            )
+        natural = CLOSERS["template"].replace("{close}", close_tag)
+        return cls(
+            opener=f"{open_tag}\n",
+            close_tag=close_tag,
+            closer=text,
+            opener_ids=tuple(encode_exactly(tokenizer, f"{open_tag}\n", what="opener")),
+            close_ids=tuple(encode_exactly(tokenizer, close_tag, what="close tag")),
+            closer_ids=tuple(encode_exactly(tokenizer, text, what="closer")),
+            natural_close_ids=tuple(encode_exactly(tokenizer, natural, what="close")),
+        )
+
+    def prompt_ids(self, tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+        """Chat messages as token ids that end with the opener, which is added when the template leaves it out."""
+        if tokenizer.chat_template is None:
+            raise ValueError("the tokenizer has no chat template: use an instruction-tuned model, or set one on it")
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        if not text.endswith(self.opener):
+            text += self.opener
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    def split(self, ids: Sequence[int], is_space: Sequence[bool]) -> tuple[list[int], list[int], list[int]] | None:
+        """Split what a model wrote after the opener into (reasoning, close, answer); None without a close tag.
+
+        ``is_space[token]`` tells the tokens that decode to whitespace alone: those behind the tag belong to the close.
+        """
+        start = find_subsequence(ids, self.close_ids)
+        if start < 0:
+            return None
+        end = start + len(self.close_ids)
+        while end < len(ids) and is_space[ids[end]]:
+            end += 1
+        return list(ids[:start]), list(ids[start:end]), list(ids[end:])
+
+
+def space_tokens(tokenizer: Any) -> list[bool]:
+    """For every token id, whether it decodes to whitespace alone."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+    return [bool(text) and text.isspace() for text in texts]
+
+
+def sentence_end_tokens(tokenizer: Any) -> list[bool]:
+    """For every token id, whether it ends a sentence: its text closes with ``.``, ``!``, ``?`` or a line break."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+    return [text.endswith((".", "!", "?", "\n")) for text in texts]

@@ -1,0 +1,135 @@
+"""``Trace``: a question, what a teacher thought and answered, as token ids; and the files traces live in.
+
+Files are jsonl (one object a line) or parquet, chosen by suffix. Ids mean nothing without their tokenizer, so every
+row carries its fingerprint and reading with another tokenizer is refused.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+ID_FIELDS = ("prompt_ids", "reasoning_ids", "close_ids", "answer_ids")
+
+
+class DataError(ValueError):
+    """Input that cannot be used, with the file and row that hold it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """One prompt, reasoning and answer; see ``thinking.py`` for how the parts follow each other."""
+
+    id: str
+    """Key of the question's content and the sample's number: the same question gives the same id."""
+    question: str
+    gold: str | None
+    """The reference answer, when one is known."""
+    prompt_ids: list[int]
+    """Ends with the think opener."""
+    reasoning_ids: list[int]
+    close_ids: list[int]
+    """What ended the thinking: the tag and the whitespace behind it, or the closer of a forced close."""
+    answer_ids: list[int]
+    """Ends with EOS."""
+    reasoning: str
+    answer: str
+    closed: bool
+    """The model ended its thinking by itself."""
+    correct: bool | None
+    """Whether the answer matches ``gold``; None when it is unknown."""
+    tokenizer: str
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """How the trace was sampled; empty for a trace that was given."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole trace."""
+        return len(self.prompt_ids) + len(self.reasoning_ids) + len(self.close_ids) + len(self.answer_ids)
+
+
+def content_key(*parts: str) -> str:
+    """A short stable key of texts."""
+    return hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:16]
+
+
+def trace_from_row(row: dict[str, Any], *, where: str, tokenizer_fingerprint: str) -> Trace:
+    """A ``Trace`` from a stored row, every field checked; ``where`` names the row in errors."""
+    if isinstance(row.get("sampling"), str):  # parquet holds it as text
+        row = {**row, "sampling": json.loads(row["sampling"])}
+    known = {entry.name for entry in fields(Trace)}
+    missing, extra = known - {"sampling"} - row.keys(), row.keys() - known
+    if missing or extra:
+        raise DataError(f"{where}: not a trace row; missing {sorted(missing)}, unknown {sorted(extra)}")
+    for name in ID_FIELDS:
+        ids = row[name]
+        if not isinstance(ids, list) or not all(isinstance(i, int) and i >= 0 for i in ids):
+            raise DataError(f"{where}: {name} must be a list of token ids")
+    if not row["answer_ids"] or not row["prompt_ids"] or not row["close_ids"]:
+        raise DataError(f"{where}: prompt_ids, close_ids and answer_ids must not be empty")
+    if row["tokenizer"] != tokenizer_fingerprint:
+        raise DataError(
+            f"{where}: these ids were made by tokenizer {row['tokenizer']}, the model's is {tokenizer_fingerprint}; "
+            "generate the traces again with this model"
+        )
+    return Trace(**row)
+
+
+def write_traces(path: Path, traces: Iterable[Trace]) -> int:
+    """Write ``traces`` to a .jsonl or .parquet file, whole or not at all; returns how many."""
+    rows = [asdict(trace) for trace in traces]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pyarrow, parquet = _parquet()
+        rows = [{**row, "sampling": json.dumps(row["sampling"])} for row in rows]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
+    else:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+    return len(rows)
+
+
+def read_traces(path: Path, *, tokenizer_fingerprint: str) -> list[Trace]:
+    """Read a trace file back; refuses rows whose ids were made by another tokenizer."""
+    return [
+        trace_from_row(row, where=where, tokenizer_fingerprint=tokenizer_fingerprint) for where, row in read_rows(path)
+    ]
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(``file:row``, row) for every row of a .jsonl or .parquet file; a row that is no JSON object raises."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no data file at {path}: check the path (it is taken relative to the current folder)")
+    if path.suffix == ".parquet":
+        _, parquet = _parquet()
+        for number, row in enumerate(parquet.read_table(path).to_pylist(), start=1):
+            yield f"{path}:{number}", row
+        return
+    if path.suffix not in (".jsonl", ".json"):
+        raise DataError(f"{path}: expected a .jsonl or .parquet file")
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            where = f"{path}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                row = json.loads(text) if text.strip() else None
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise DataError(f"{where}: not a JSON row in UTF-8 ({error}); mend or remove this line") from None
+            if row is None:
+                continue
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
+            yield where, row
+
+
+def _parquet() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ImportError("parquet files need pyarrow: pip install 'trsd[data]'") from None
+    return pyarrow, pyarrow.parquet
