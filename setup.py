@@ -34,6 +34,7 @@ setup(
         "bench": ["pytest>=8", "pytest-benchmark>=5"],
         "eval": EVAL,
         "data": ["datasets>=4", "pyarrow>=17"],
+        "gguf": ["gguf>=0.10", "sentencepiece>=0.2", "accelerate>=1"],
         "vllm": ["vllm>=0.20"],
         "flash-attn": ["flash-attn>=2.7"],
         "liger": ["liger-kernel>=0.8"],

@@ -62,7 +62,7 @@ def tiny_folder(tokenizer, tmp_path):
 
 
 def make_traces(tokenizer, think, num_traces, *, seed=0):
-    """Traces in the demo's format with the generator's worked solutions as reasoning (what they say does not matter)."""
+    """Traces in the demo's format with the generator's worked solutions as reasoning."""
     problems = draw_problems("train", seed=seed)
     rng = random.Random(seed)
     fingerprint = tokenizer_fingerprint(tokenizer)

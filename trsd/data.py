@@ -15,11 +15,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from trsd.errors import InputError
 from trsd.grading import extract_answer, grade
 from trsd.models import tokenizer_fingerprint
 from trsd.paths import resolve_bundled
 from trsd.thinking import ThinkFormat
-from trsd.traces import DataError, Trace, content_key, read_rows, trace_from_row
+from trsd.traces import Trace, content_key, read_rows, trace_from_row
 
 NO_CLOSE = "no close tag: the thinking never ends"
 NO_ANSWER = "answer of zero tokens"
@@ -59,12 +60,12 @@ def load_data(source: str, *, tokenizer: Any, think: ThinkFormat, max_rows: int 
             seen.add(item.id)
             (loaded.traces if isinstance(item, Trace) else loaded.questions).append(item)
     if loaded.traces and loaded.questions:
-        raise DataError(
+        raise InputError(
             f"{source} mixes {len(loaded.traces)} rows with reasoning and {len(loaded.questions)} without: split them "
             "into two files, or generate traces for the latter first (python -m trsd.generate)"
         )
     if not loaded.traces and not loaded.questions:
-        raise DataError(f"{source} holds no usable row ({describe_drops(loaded.dropped) or 'it is empty'})")
+        raise InputError(f"{source} holds no usable row ({describe_drops(loaded.dropped) or 'it is empty'})")
     return loaded
 
 
@@ -113,7 +114,7 @@ class RowReader:
                 extract_answer(_text(row, "answer", where), whole_text=True) if row.get("answer") is not None else None
             )
             return self._question([{"role": "user", "content": question}], gold)
-        raise DataError(
+        raise InputError(
             f"{where}: columns {sorted(row)} fit no known form; expected messages, or prompt + reasoning + answer, or "
             "question + answer"
         )
@@ -121,10 +122,10 @@ class RowReader:
     def _messages(self, row: dict[str, Any], *, where: str) -> Question | Trace | str:
         messages = row["messages"]
         if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-            raise DataError(f"{where}: messages must be a list of objects with role and content")
+            raise InputError(f"{where}: messages must be a list of objects with role and content")
         for message in messages:
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-                raise DataError(f"{where}: every message needs a role and a content of text")
+                raise InputError(f"{where}: every message needs a role and a content of text")
         gold = str(row["answer"]) if row.get("answer") is not None else None
         if messages[-1]["role"] != "assistant":
             return self._question(messages, gold)
@@ -177,5 +178,5 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
-        raise DataError(f"{where}: {name} must be text, got {type(value).__name__}")
+        raise InputError(f"{where}: {name} must be text, got {type(value).__name__}")
     return value

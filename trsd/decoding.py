@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from trsd.errors import InputError
 from trsd.models import plain_attention
 from trsd.thinking import ThinkFormat, space_tokens
 
@@ -130,7 +131,7 @@ class Decoder:
         written: list[list[int]] = [[] for _ in contexts]
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if order and limit and len(contexts[order[0]]) >= limit:
-            raise ValueError(f"a context of {len(contexts[order[0]])} tokens leaves no room in the model's {limit}")
+            raise InputError(f"a context of {len(contexts[order[0]])} tokens leaves no room in the model's {limit}")
         torch.manual_seed(self.sampling.seed)
         with plain_attention(self.model):
             for start in range(0, len(order), self.batch_size):

@@ -5,7 +5,6 @@ answered (``decoding.py``). Reported per budget: accuracy with a bootstrap inter
 was forced, how often no answer was found, how often the answer ended by itself, and tokens used.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +17,14 @@ import tyro
 
 from trsd.data import Question, describe_drops, load_data
 from trsd.decoding import Answer, Decoder, Sampling
+from trsd.errors import InputError
+from trsd.files import write_json, write_text
 from trsd.grading import extract_answer, grade
 from trsd.metrics import progress_bar
 from trsd.models import load_model, load_tokenizer, model_folder
 from trsd.plots import plot_curves
 from trsd.recipe import Budgets, budget_problems, resolve_budgets
 from trsd.thinking import ThinkFormat
-from trsd.traces import DataError
 
 NUM_EXAMPLES = 6
 BOOTSTRAP_SAMPLES = 1000
@@ -163,7 +163,7 @@ def graded_questions(questions: Sequence[Question]) -> list[Question]:
     """The questions, all of which must have a reference answer."""
     without = [question for question in questions if question.gold is None]
     if without or not questions:
-        raise DataError(
+        raise InputError(
             f"evaluation needs questions with a reference answer; {len(without)} of {len(questions)} have none"
             + (f", the first: {without[0].question[:80]!r}" if without else "")
         )
@@ -219,6 +219,10 @@ class EvaluateArguments:
     """Sequences decoded together."""
     closer: str = "template"
     """What closes cut thinking: a preset's name or a text with the close tag; use the one trained with."""
+    open_tag: str = "<think>"
+    """The tag that opens thinking."""
+    close_tag: str = "</think>"
+    """The tag that ends thinking."""
     percent_of: float | None = None
     """Token count that percents are taken of, to give two models the same budgets; left out, this model's median."""
 
@@ -228,13 +232,13 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(EvaluateArguments, args=argv, prog="python -m trsd.evaluate", use_underscores=True)
     try:
         if found := budget_problems(args.budgets):
-            raise ValueError(f"budgets: {found[0]}")
+            raise InputError(f"budgets: {found[0]}")
         folder = model_folder(args.model)
         tokenizer = load_tokenizer(folder)
-        think = ThinkFormat.of(tokenizer, closer=args.closer)
+        think = ThinkFormat.of(tokenizer, closer=args.closer, open_tag=args.open_tag, close_tag=args.close_tag)
         loaded = load_data(args.data, tokenizer=tokenizer, think=think, max_rows=args.max_samples)
         questions = graded_questions(loaded.questions)
-    except (ValueError, OSError) as error:
+    except (InputError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if drops := describe_drops(loaded.dropped):
@@ -260,9 +264,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(table(result))
     if args.output_dir:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        (args.output_dir / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-        (args.output_dir / "table.txt").write_text(table(result) + "\n")
+        write_json(args.output_dir / "evaluation.json", result)
+        write_text(args.output_dir / "table.txt", table(result) + "\n")
         plot_curves({args.model: result}, args.output_dir / "curve.png")
         print(f"written to {args.output_dir}")
 

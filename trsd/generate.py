@@ -17,11 +17,12 @@ import tyro
 
 from trsd.data import NO_ANSWER, NO_CLOSE, Question, describe_drops, load_data
 from trsd.decoding import Answer, Decoder, Sampling
+from trsd.errors import InputError
 from trsd.grading import grade
 from trsd.metrics import progress_bar
 from trsd.models import load_model, load_tokenizer, model_folder, tokenizer_fingerprint
 from trsd.thinking import ThinkFormat
-from trsd.traces import DataError, Trace, write_traces
+from trsd.traces import Trace, write_traces
 
 Filter = Literal["none", "correct_only"]
 
@@ -142,6 +143,10 @@ class GenerateArguments:
     """Which traces to keep."""
     closer: str = "template"
     """What closes unfinished thinking: a preset's name or a text with the close tag."""
+    open_tag: str = "<think>"
+    """The tag that opens thinking."""
+    close_tag: str = "</think>"
+    """The tag that ends thinking."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -159,11 +164,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         folder = model_folder(args.model)
         tokenizer = load_tokenizer(folder)
-        think = ThinkFormat.of(tokenizer, closer=args.closer)
+        think = ThinkFormat.of(tokenizer, closer=args.closer, open_tag=args.open_tag, close_tag=args.close_tag)
         loaded = load_data(args.data, tokenizer=tokenizer, think=think, max_rows=args.max_samples)
         if loaded.traces:
-            raise DataError(f"{args.data} already holds reasoning: nothing to generate")
-    except (ValueError, OSError) as error:
+            raise InputError(f"{args.data} already holds reasoning: nothing to generate")
+    except (InputError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +54,12 @@ def progress_bar(what: str) -> Callable[[int, int], None]:
     return update
 
 
+def say(text: str) -> None:
+    """Print a line, above any bar that is being drawn."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
 def step_line(step: int, num_steps: int, values: dict[str, float], *, remaining_seconds: float) -> str:
     """The printed line of one step."""
     minutes, seconds = divmod(round(remaining_seconds), 60)
@@ -63,18 +68,3 @@ def step_line(step: int, num_steps: int, values: dict[str, float], *, remaining_
         f"grad_norm {values['grad_norm']:.2f}  lr {values['learning_rate']:.1e}  "
         f"{values['step_seconds']:.2f} s  {values['tokens_per_second']:,.0f} tokens/s  eta {minutes}:{seconds:02d}"
     )
-
-
-class Stopwatch:
-    """Seconds since it was made, and named parts of them."""
-
-    def __init__(self) -> None:
-        self._start = self._lap = time.perf_counter()
-        self.parts: dict[str, float] = {}
-
-    def lap(self, name: str) -> float:
-        """Book the time since the last lap under ``name`` and return it."""
-        now = time.perf_counter()
-        seconds, self._lap = now - self._lap, now
-        self.parts[name] = self.parts.get(name, 0.0) + seconds
-        return seconds

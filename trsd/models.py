@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from trsd.errors import InputError
 from trsd.paths import resolve_bundled
 from trsd_kernels import varlen_attention
 
@@ -46,9 +47,12 @@ def model_folder(name_or_path: str) -> Path:
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The folder's tokenizer, with a pad token (EOS when it has none)."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise InputError(f"the tokenizer of {folder} cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {folder} names no EOS token: answers could never end; set eos_token")
+        raise InputError(f"the tokenizer of {folder} names no EOS token: answers could never end; set eos_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -56,9 +60,12 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 def load_model(folder: Path, *, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The folder's causal language model, ready for packed rows; refuses what the loss or packing would get wrong."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+        )
+    except (ValueError, OSError) as error:
+        raise InputError(f"the model of {folder} cannot be loaded: {error}") from error
     refuse_unsupported(model)
     model.set_attn_implementation(PACKED_ATTENTION)
     return model.to(device)
@@ -69,15 +76,15 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     config, name = model.config.get_text_config(), type(model).__name__
     for field in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, field, None) not in (None, 1, 1.0):
-            raise ValueError(f"{name}: its config sets {field}, which the loss does not apply yet; use another model")
+            raise InputError(f"{name}: its config sets {field}, which the loss does not apply yet; use another model")
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
-        raise ValueError(f"{name}: expected an lm_head without bias")
+        raise InputError(f"{name}: expected an lm_head without bias")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     if kinds:
-        raise ValueError(f"{name}: layers of kind {sorted(kinds)} cannot run packed yet; expected full attention")
+        raise InputError(f"{name}: layers of kind {sorted(kinds)} cannot run packed yet; expected full attention")
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{name}: expected a decoder-only model")
+        raise InputError(f"{name}: expected a decoder-only model")
 
 
 def _packed_attention(
@@ -95,16 +102,16 @@ def _packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface over ``varlen_attention``; [1, total_tokens, num_heads, head_dim]."""
     if cu_seqlens is None or query.shape[0] != 1:
-        raise ValueError(
+        raise InputError(
             "packed attention needs one row of tokens and its cu_seqlens: call trsd.models.packed_hidden_states, "
             "or generate inside trsd.models.plain_attention(model)"
         )
     if attention_mask is not None:
-        raise ValueError("packed attention takes no attention_mask: cu_seqlens already separates the sequences")
+        raise InputError("packed attention takes no attention_mask: cu_seqlens already separates the sequences")
     if dropout:
-        raise ValueError(f"attention dropout {dropout} is not supported on packed rows: set attention_dropout to 0")
+        raise InputError(f"attention dropout {dropout} is not supported on packed rows: set attention_dropout to 0")
     if sliding_window is not None and int(cu_seqlens.diff().max()) > sliding_window:
-        raise ValueError(f"a sequence is longer than the sliding window {sliding_window}: lower max_length below it")
+        raise InputError(f"a sequence is longer than the sliding window {sliding_window}: lower max_length below it")
     output = varlen_attention(
         *(tensor[0].transpose(0, 1) for tensor in (query, key, value)), cu_seqlens, softmax_scale=scaling
     )

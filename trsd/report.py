@@ -14,7 +14,7 @@ from typing import Any
 from trsd.metrics import read_metrics
 from trsd.plots import plot_curves, plot_loss
 from trsd.recipe import Recipe, recipe_as_yaml
-from trsd.run import RECIPE_FILE
+from trsd.run import ENVIRONMENT_FILE, RECIPE_FILE
 
 STYLE = """
 body{font:16px/1.55 system-ui,sans-serif;color:#1f2937;max-width:60rem;margin:2rem auto;padding:0 1rem}
@@ -96,7 +96,7 @@ def write_report(run_dir: Path) -> Path:
         ]
     parts += ["<h2>Traces left out</h2>", f"<p>{_drops(run_dir)}</p>"]
     parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(recipe_text)}</pre>"]
-    parts += ["<h2>Versions</h2>", f"<pre>{html.escape((run_dir / 'environment.json').read_text())}</pre>"]
+    parts += ["<h2>Versions</h2>", f"<pre>{html.escape((run_dir / ENVIRONMENT_FILE).read_text())}</pre>"]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(run_dir.name)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"

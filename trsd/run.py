@@ -1,6 +1,5 @@
 """A run's folder: made once, never overwritten, resumed only under the recipe it was started with."""
 
-import json
 import platform
 import re
 import time
@@ -13,10 +12,13 @@ import torch
 import yaml
 
 from trsd.checkpoint import checkpoints
+from trsd.errors import InputError
+from trsd.files import write_json, write_text
 from trsd.recipe import Recipe, recipe_as_yaml
-from trsd.traces import DataError
 
 RECIPE_FILE = "recipe.yaml"
+ENVIRONMENT_FILE = "environment.json"
+NOT_YET_BEGUN = {RECIPE_FILE, ENVIRONMENT_FILE}  # all that a run leaves whose input was refused
 FREE_TO_CHANGE = {"resume_from_checkpoint", "logging_steps", "save_steps", "output_dir", "generation_batch_size"}
 
 
@@ -27,41 +29,41 @@ def open_run(recipe: Recipe, name: str) -> tuple[Recipe, Path, Path | None]:
         The recipe with its ``output_dir``, the folder, and the checkpoint to resume from (None: from the beginning).
 
     Raises:
-        DataError: the folder holds another run, or what is to be resumed does not exist or was another recipe's.
+        InputError: the folder holds another run, or what is to be resumed does not exist or was another recipe's.
     """
     folder = Path(recipe.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     recipe = replace(recipe, output_dir=str(folder))
     if recipe.resume_from_checkpoint:
         return recipe, folder, _checkpoint_to_resume(recipe, folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise DataError(
+    begun = {path.name for path in folder.iterdir()} - NOT_YET_BEGUN if folder.exists() else set()
+    if begun:
+        raise InputError(
             f"output_dir {folder} already holds a run: choose another one, or go on with it by "
             "--resume_from_checkpoint latest"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECIPE_FILE).write_text(recipe_as_yaml(recipe), encoding="utf-8")
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    write_text(folder / RECIPE_FILE, recipe_as_yaml(recipe))
+    write_json(folder / ENVIRONMENT_FILE, environment())
     return recipe, folder, None
 
 
 def _checkpoint_to_resume(recipe: Recipe, folder: Path) -> Path | None:
     if not (folder / RECIPE_FILE).exists():
-        raise DataError(f"output_dir {folder} holds no run to resume")
+        raise InputError(f"output_dir {folder} holds no run to resume")
     stored = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
     now = yaml.safe_load(recipe_as_yaml(recipe))
     names = [entry.name for entry in fields(Recipe) if entry.name not in FREE_TO_CHANGE]
     changed = [f"{name}: {stored.get(name)} -> {now[name]}" for name in names if stored.get(name) != now[name]]
     if changed:
-        raise DataError(f"cannot resume {folder} with another recipe ({'; '.join(changed)}): start a new output_dir")
+        raise InputError(f"cannot resume {folder} with another recipe ({'; '.join(changed)}): start a new output_dir")
     if recipe.resume_from_checkpoint == "latest":
         found = checkpoints(folder)
         return found[-1] if found else None
     wanted = Path(recipe.resume_from_checkpoint)
     wanted = wanted if wanted.exists() else folder / wanted.name
     if not re.fullmatch(r"checkpoint-\d+", wanted.name) or wanted.resolve().parent != folder.resolve():
-        raise DataError(f"resume_from_checkpoint: {recipe.resume_from_checkpoint} is no checkpoint of {folder}")
+        raise InputError(f"resume_from_checkpoint: {recipe.resume_from_checkpoint} is no checkpoint of {folder}")
     if not wanted.exists():
-        raise DataError(f"no checkpoint at {wanted}; {folder} has {[path.name for path in checkpoints(folder)]}")
+        raise InputError(f"no checkpoint at {wanted}; {folder} has {[path.name for path in checkpoints(folder)]}")
     return wanted
 
 

@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trsd.batching import pack_examples
+from trsd.errors import InputError
 from trsd.methods.trsd import full_example
 from trsd.models import packed_hidden_states
-from trsd.traces import DataError, Trace
+from trsd.traces import Trace
 
 TRACES_PER_SHARD = 512
 HEAD_FILE = "lm_head.safetensors"
@@ -115,11 +116,11 @@ class HiddenCache:
     def __init__(
         self, folder: Path, traces: Sequence[Trace], *, fingerprint: dict[str, str], device: torch.device | str
     ) -> None:
-        """Raises DataError when the cache was made from anything else than ``fingerprint`` says."""
+        """Raises InputError when the cache was made from anything else than ``fingerprint`` says."""
         manifest = read_manifest(folder)
         changed = [name for name, value in fingerprint.items() if manifest["fingerprint"].get(name) != value]
         if changed:
-            raise DataError(
+            raise InputError(
                 f"the teacher cache {folder} was made with other {', '.join(changed)}: delete the folder and it is "
                 "computed again, or go back to what it was made with"
             )
@@ -133,7 +134,7 @@ class HiddenCache:
         ]
         for number, (shard, ends) in enumerate(zip(self._shards, self._ends, strict=True)):
             if shard.get_shape()[0] != ends[-1]:
-                raise DataError(
+                raise InputError(
                     f"{folder / _shard_name(number)} holds {shard.get_shape()[0]} rows, its traces need {ends[-1]}: "
                     "delete the cache folder and it is computed again"
                 )
@@ -150,10 +151,10 @@ class HiddenCache:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The cache's manifest; DataError when the folder is no complete cache."""
+    """The cache's manifest; InputError when the folder is no complete cache."""
     try:
         return json.loads((folder / "manifest.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise DataError(
+        raise InputError(
             f"{folder} is no complete teacher cache ({error}): delete it and it is computed again"
         ) from None

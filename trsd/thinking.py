@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trsd.errors import InputError
+
 CLOSERS = {
     # The chat template's own form, what the model writes when it stops by itself.
     "template": "\n{close}\n\n",
@@ -38,7 +40,7 @@ def encode_exactly(tokenizer: Any, text: str, *, what: str) -> list[int]:
     ids = tokenizer(text, add_special_tokens=False).input_ids
     back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if not ids or back != text:
-        raise ValueError(
+        raise InputError(
             f"{what} {text!r} cannot be tokenized alone: it comes back as {back!r}. Choose a text that survives this "
             f"tokenizer, or one of the presets {', '.join(CLOSERS)}"
         )
@@ -65,7 +67,7 @@ class ThinkFormat:
         """The format of ``tokenizer``; ``closer`` is a preset's name or a text that holds the close tag."""
         text = CLOSERS.get(closer, closer).replace("{close}", close_tag)
         if close_tag not in text:
-            raise ValueError(
+            raise InputError(
                 f"closer {text!r} does not hold {close_tag!r}, so thinking would never end: add it, or use one of the "
                 f"presets {', '.join(CLOSERS)}"
             )
@@ -83,7 +85,7 @@ class ThinkFormat:
     def prompt_ids(self, tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
         """Chat messages as token ids that end with the opener, which is added when the template leaves it out."""
         if tokenizer.chat_template is None:
-            raise ValueError("the tokenizer has no chat template: use an instruction-tuned model, or set one on it")
+            raise InputError("the tokenizer has no chat template: use an instruction-tuned model, or set one on it")
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         if not text.endswith(self.opener):
             text += self.opener

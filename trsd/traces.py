@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from trsd.errors import InputError
+from trsd.files import write_text
+
 ID_FIELDS = ("prompt_ids", "reasoning_ids", "close_ids", "answer_ids")
-
-
-class DataError(ValueError):
-    """Input that cannot be used, with the file and row that hold it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +62,15 @@ def trace_from_row(row: dict[str, Any], *, where: str, tokenizer_fingerprint: st
     known = {entry.name for entry in fields(Trace)}
     missing, extra = known - {"sampling"} - row.keys(), row.keys() - known
     if missing or extra:
-        raise DataError(f"{where}: not a trace row; missing {sorted(missing)}, unknown {sorted(extra)}")
+        raise InputError(f"{where}: not a trace row; missing {sorted(missing)}, unknown {sorted(extra)}")
     for name in ID_FIELDS:
         ids = row[name]
         if not isinstance(ids, list) or not all(isinstance(i, int) and i >= 0 for i in ids):
-            raise DataError(f"{where}: {name} must be a list of token ids")
+            raise InputError(f"{where}: {name} must be a list of token ids")
     if not row["answer_ids"] or not row["prompt_ids"] or not row["close_ids"]:
-        raise DataError(f"{where}: prompt_ids, close_ids and answer_ids must not be empty")
+        raise InputError(f"{where}: prompt_ids, close_ids and answer_ids must not be empty")
     if row["tokenizer"] != tokenizer_fingerprint:
-        raise DataError(
+        raise InputError(
             f"{where}: these ids were made by tokenizer {row['tokenizer']}, the model's is {tokenizer_fingerprint}; "
             "generate the traces again with this model"
         )
@@ -81,15 +80,15 @@ def trace_from_row(row: dict[str, Any], *, where: str, tokenizer_fingerprint: st
 def write_traces(path: Path, traces: Iterable[Trace]) -> int:
     """Write ``traces`` to a .jsonl or .parquet file, whole or not at all; returns how many."""
     rows = [asdict(trace) for trace in traces]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         pyarrow, parquet = _parquet()
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        path.parent.mkdir(parents=True, exist_ok=True)
         rows = [{**row, "sampling": json.dumps(row["sampling"])} for row in rows]
         parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
+        os.replace(temporary, path)
     else:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return len(rows)
 
 
@@ -110,7 +109,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{path}:{number}", row
         return
     if path.suffix not in (".jsonl", ".json"):
-        raise DataError(f"{path}: expected a .jsonl or .parquet file")
+        raise InputError(f"{path}: expected a .jsonl or .parquet file")
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             where = f"{path}:{number}"
@@ -118,11 +117,11 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 row = json.loads(text) if text.strip() else None
             except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise DataError(f"{where}: not a JSON row in UTF-8 ({error}); mend or remove this line") from None
+                raise InputError(f"{where}: not a JSON row in UTF-8 ({error}); mend or remove this line") from None
             if row is None:
                 continue
             if not isinstance(row, dict):
-                raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
+                raise InputError(f"{where}: expected a JSON object, got {type(row).__name__}")
             yield where, row
 
 

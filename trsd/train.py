@@ -25,11 +25,13 @@ from trsd.checkpoint import load_state, save_checkpoint
 from trsd.cuts import build_policy
 from trsd.data import describe_drops, load_data
 from trsd.decoding import Decoder, Sampling
+from trsd.errors import InputError
 from trsd.evaluate import evaluate, graded_questions, table
+from trsd.files import write_json
 from trsd.generate import generate_traces, select_traces
 from trsd.guards import NonFiniteError, clip_gradients
 from trsd.methods.trsd import TRSD
-from trsd.metrics import MetricsLog, progress_bar, step_line
+from trsd.metrics import MetricsLog, progress_bar, say, step_line
 from trsd.models import (
     load_model,
     load_tokenizer,
@@ -44,7 +46,7 @@ from trsd.report import model_card, summary, write_report
 from trsd.run import open_run
 from trsd.teachers import HiddenCache, OnlineTeacher, Teacher, build_cache, cache_fingerprint
 from trsd.thinking import ThinkFormat, sentence_end_tokens
-from trsd.traces import DataError, Trace, read_traces, write_traces
+from trsd.traces import Trace, read_traces, write_traces
 from trsd_kernels import FusedLinearDistillation
 
 
@@ -69,7 +71,7 @@ class Job:
     def _check_teacher_tokenizer(self) -> None:
         teacher = load_tokenizer(self.teacher_folder, trust_remote_code=self.recipe.trust_remote_code)
         if tokenizer_fingerprint(teacher) != tokenizer_fingerprint(self.tokenizer):
-            raise DataError(
+            raise InputError(
                 f"teacher {self.teacher_folder} and student {self.student_folder} have different tokenizers: their "
                 "distributions are over different tokens; choose models of one family"
             )
@@ -122,9 +124,9 @@ def prepare_traces(job: Job) -> list[Trace]:
         traces, unwanted = select_traces(traces, keep=recipe.filter, max_length=room)
         dropped += unwanted
         if not traces:
-            raise DataError(f"{recipe.data}: no trace is left to learn from; dropped: {describe_drops(dropped)}")
+            raise InputError(f"{recipe.data}: no trace is left to learn from; dropped: {describe_drops(dropped)}")
+        write_json(path.parent / "dropped.json", dropped)
         write_traces(path, traces)
-        (path.parent / "dropped.json").write_text(json.dumps(dropped, indent=2) + "\n")
         how = "generated" if loaded.questions else "read"
         print(f"traces: {len(traces)} {how} in {time.perf_counter() - start:.0f} s", flush=True)
     traces = read_traces(path, tokenizer_fingerprint=tokenizer_fingerprint(job.tokenizer))
@@ -179,8 +181,7 @@ def evaluate_student(
             max_answer_tokens=recipe.max_answer_tokens,
             median_thinking_tokens=percent_of,
         )
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(path, result)
     print(f"\n{name} ({time.perf_counter() - start:.0f} s)\n{table(result)}\n", flush=True)
     return result
 
@@ -268,14 +269,15 @@ def train(job: Job, loop: Loop, resume_from: Path | None) -> Path:
     recipe, output_dir = job.recipe, job.output_dir
     first = load_state(resume_from, model=loop.model, optimizer=loop.optimizer) if resume_from else 0
     log = MetricsLog(output_dir / "metrics.jsonl", first_step=first)
-    start, folder = time.perf_counter(), resume_from
+    start, folder, advance = time.perf_counter(), resume_from, progress_bar("train")
     for step in range(first, loop.num_steps):
         values = loop.step(step)
         log.write(**values)
         done = step + 1
         if done % recipe.logging_steps == 0 or done in (1, loop.num_steps):
             remaining = (time.perf_counter() - start) / (done - first) * (loop.num_steps - done)
-            print(step_line(done, loop.num_steps, values, remaining_seconds=remaining), flush=True)
+            say(step_line(done, loop.num_steps, values, remaining_seconds=remaining))
+        advance(done, loop.num_steps)
         if done == loop.num_steps or (recipe.save_steps and done % recipe.save_steps == 0):
             folder = save_checkpoint(
                 output_dir,
@@ -290,7 +292,7 @@ def train(job: Job, loop: Loop, resume_from: Path | None) -> Path:
 
 
 def run(recipe: Recipe, name: str = "run") -> Path:
-    """A whole run; returns its folder. Raises DataError or OSError for input that cannot be used."""
+    """A whole run; returns its folder. Raises InputError or OSError for input that cannot be used."""
     recipe, output_dir, resume_from = open_run(recipe, name)
     print(f"{name}: {output_dir}" + (f", resuming {resume_from.name}" if resume_from else ""), flush=True)
     torch.manual_seed(recipe.seed)
@@ -306,7 +308,7 @@ def run(recipe: Recipe, name: str = "run") -> Path:
     after = evaluate_student(job, model, "after", before and before["percent_of"])
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    (output_dir / "totals.json").write_text(json.dumps({"seconds": seconds, "peak_memory_gib": peak}) + "\n")
+    write_json(output_dir / "totals.json", {"seconds": seconds, "peak_memory_gib": peak})
     report = write_report(output_dir)
     if after:
         print(summary(before, after))
@@ -324,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
     hf_logging.disable_progress_bar()
     try:
         run(recipe, name)
-    except (ValueError, OSError, ImportError) as error:
+    except (InputError, OSError, ImportError) as error:
         fail(str(error))
     except NonFiniteError as error:
         sys.exit(f"error: {error}")

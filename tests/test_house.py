@@ -1,0 +1,82 @@
+"""Rules of the house: who may import whom, what importing costs, and that what is shipped is complete."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name.split(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+def test_kernels_import_torch_alone():
+    allowed = {"torch", "triton", "trsd_kernels"} | set(sys.stdlib_module_names)
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert set(imports_of(path)) <= allowed, path
+
+
+def test_the_trainer_imports_neither_tests_nor_bench():
+    for path in (ROOT / "trsd").rglob("*.py"):
+        assert not {"tests", "bench"} & set(imports_of(path)), path
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment or None, timeout=120
+    )
+
+
+def test_kernels_import_from_the_tree_without_transformers_or_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None; import trsd_kernels; "
+        "assert not {'transformers', 'trsd', 'datasets'} & set(sys.modules); print(trsd_kernels.__file__)"
+    )
+    result = run_python(code, PYTHONPATH=".:kernels", PATH="/usr/bin")
+    assert result.returncode == 0, result.stderr
+    assert Path(ROOT / result.stdout.strip()).resolve().is_relative_to(ROOT / "kernels")
+
+
+def test_the_trainer_imports_without_its_optional_packages():
+    names = ["vllm", "flash_attn", "liger_kernel", "datasets", "pyarrow", "math_verify", "wandb"]
+    block = f"import sys; sys.modules.update(dict.fromkeys({names!r})); "
+    result = run_python(block + "import trsd.train, trsd.evaluate, trsd.generate, trsd.report", PYTHONPATH=".:kernels")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "trsd").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_stay_short_and_say_what_they_are(path):
+    assert len(path.read_text().splitlines()) <= 500
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_public_names_of_the_kernels_are_documented():
+    import trsd_kernels
+
+    assert all(getattr(trsd_kernels, name).__doc__ for name in trsd_kernels.__all__)
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_both_packages_and_everything_bundled(tmp_path):
+    import zipfile
+
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    for wanted in (
+        "trsd_kernels/linear_distill.py",
+        "trsd/recipes/demo.yaml",
+        "trsd/demo/reasoner/model.safetensors",
+        "trsd/demo/reasoner/chat_template.jinja",
+        "trsd/demo/questions/train.jsonl",
+    ):
+        assert wanted in names
+    assert not [name for name in names if name.startswith(("tests", "bench", "kernels"))]

@@ -1,0 +1,98 @@
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from trsd.recipe import Recipe, parse_recipe, recipe_as_yaml, resolve_budgets, shipped_recipes
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        path = tmp_path / "r.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def refusal(capsys, argv):
+    with pytest.raises(SystemExit) as exit_:
+        parse_recipe(argv)
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_flags_override_yaml_overrides_defaults(write):
+    path = write("learning_rate: 1e-3\ntrain_batch_size: 7\neval_budgets: [0, 50%]\nmax_steps: null\n")
+    recipe, name, dry_run = parse_recipe(["--config", path, "--train_batch_size", "9", "--dry_run"])
+    assert (recipe.learning_rate, recipe.train_batch_size, recipe.warmup_ratio) == (1e-3, 9, Recipe().warmup_ratio)
+    assert recipe.eval_budgets == ("0", "50%") and recipe.max_steps is None
+    assert name == "r" and dry_run
+
+
+def test_lists_are_comma_separated_flags():
+    recipe, _, _ = parse_recipe(["--eval_budgets", "0,16,50%", "--cut_fractions", "0.1,0.9"])
+    assert recipe.eval_budgets == ("0", "16", "50%") and recipe.cut_fractions == (0.1, 0.9)
+
+
+def test_recipe_as_yaml_loads_to_the_same_recipe(write):
+    recipe = replace(Recipe(), cut_fractions=(0.1, 0.2), closer="a\n</think>\n", bf16=True, max_steps=None)
+    assert parse_recipe(["--config", write(recipe_as_yaml(recipe))])[0] == recipe
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_parse(name):
+    assert parse_recipe(["--config", name])[0].problems() == []
+
+
+def test_unknown_yaml_key_exits_2_with_a_suggestion(write, capsys):
+    assert "unknown key 'learning_rte'; did you mean learning_rate?" in refusal(
+        capsys, ["--config", write("learning_rte: 1\n")]
+    )
+
+
+def test_unknown_flag_exits_2_with_a_suggestion(capsys):
+    assert "--learning_rate" in refusal(capsys, ["--learning_rte", "1"])
+
+
+@pytest.mark.parametrize(
+    "text,key",
+    [
+        ("learning_rate: fast\n", "learning_rate"),
+        ("max_steps: 1.5\n", "max_steps"),
+        ("bf16: maybe\n", "bf16"),
+        ("cut: middle\n", "cut"),
+        ("cut_budgets: [a]\n", "cut_budgets"),
+        ("data: {a: 1}\n", "data"),
+        ("alpha: 2\n", "alpha"),
+        ("temperature: 0\n", "temperature"),
+        ("train_batch_size: 0\n", "train_batch_size"),
+        ("max_tokens_per_batch: 100\n", "max_tokens_per_batch"),
+        ("eval_budgets: [half]\n", "eval_budgets"),
+        ("cut: fractions\ncut_fractions: [1.5]\n", "cut_fractions"),
+        ("resume_from_checkpoint: latest\n", "resume_from_checkpoint"),
+        ("- a\n- b\n", "key: value"),
+        ("a: [\n", "not YAML"),
+    ],
+)
+def test_wrong_value_exits_2_and_names_the_key(write, capsys, text, key):
+    assert key in refusal(capsys, ["--config", write(text)])
+
+
+def test_missing_recipe_exits_2(capsys):
+    assert "no recipe at nowhere.yaml" in refusal(capsys, ["--config", "nowhere.yaml"])
+
+
+def test_resolve_budgets_takes_percents_of_the_median():
+    assert resolve_budgets(("0", "25%", "64", "100%"), 90.0) == {"0": 0, "25%": 22, "64": 64, "100%": 90}
+
+
+def test_every_field_is_documented():
+    import inspect
+
+    source = inspect.getsource(Recipe)
+    for name in yaml.safe_load(recipe_as_yaml(Recipe())):
+        line = source.index(f"    {name}:")
+        assert source[line:].split("\n")[1].strip().startswith('"""'), name
+    assert len(yaml.safe_load(recipe_as_yaml(Recipe()))) < 60

@@ -1,0 +1,81 @@
+import json
+
+import pytest
+import torch
+from conftest import make_tiny_model, make_traces
+
+from trsd import teachers
+from trsd.errors import InputError
+from trsd.teachers import HiddenCache, OnlineTeacher, build_cache, cache_fingerprint
+
+
+def fingerprint_of(*default_traces, **changes):
+    values = dict(teacher_weights="w", tokenizer="t", closer="c", dtype=torch.float32)
+    return cache_fingerprint(**(values | {"traces": default_traces} | changes))
+
+
+@pytest.fixture
+def online(tokenizer, traces):
+    return OnlineTeacher(make_tiny_model(tokenizer), traces, max_tokens_per_batch=512)
+
+
+@pytest.mark.parametrize("traces_per_shard", [1, 3, 512])
+def test_cache_gives_the_online_teachers_targets_in_any_order(tmp_path, monkeypatch, online, traces, traces_per_shard):
+    monkeypatch.setattr(teachers, "TRACES_PER_SHARD", traces_per_shard)
+    build_cache(tmp_path / "cache", online, fingerprint=fingerprint_of(*traces), dtype=torch.float32)
+    cache = HiddenCache(tmp_path / "cache", traces, fingerprint=fingerprint_of(*traces), device="cpu")
+    for order in ([0], [3, 1], [6, 5, 4, 3, 2, 1, 0], [2, 2]):
+        torch.testing.assert_close(cache.hidden_states(order), online.hidden_states(order), rtol=1e-5, atol=1e-5)
+    assert torch.equal(cache.lm_head_weight, online.lm_head_weight)
+
+
+def test_online_targets_are_the_plain_models_hidden_states(tokenizer, online, traces):
+    plain = make_tiny_model(tokenizer)
+    plain.set_attn_implementation("sdpa")
+    trace = traces[2]
+    ids = trace.prompt_ids + trace.reasoning_ids + trace.close_ids + trace.answer_ids
+    hidden = plain.model(torch.tensor([ids])).last_hidden_state[0, -len(trace.answer_ids) - 1 : -1]
+    torch.testing.assert_close(online.hidden_states([2]), hidden, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"teacher_weights": "x"}, {"tokenizer": "x"}, {"closer": "x"}, {"dtype": torch.bfloat16}, {"traces": "other"}],
+)
+def test_stale_cache_is_refused_and_says_what_changed(tmp_path, tokenizer, think, online, traces, change):
+    build_cache(tmp_path / "cache", online, fingerprint=fingerprint_of(*traces), dtype=torch.float32)
+    name = next(iter(change))
+    if name == "traces":
+        change = {"traces": make_traces(tokenizer, think, 7, seed=1)}
+    with pytest.raises(InputError, match=f"made with other {name}"):
+        HiddenCache(tmp_path / "cache", traces, fingerprint=fingerprint_of(*traces, **change), device="cpu")
+
+
+def test_incomplete_cache_is_refused(tmp_path, online, traces):
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(InputError, match="no complete teacher cache"):
+        HiddenCache(tmp_path / "cache", traces, fingerprint=fingerprint_of(*traces), device="cpu")
+
+
+def test_cache_with_missing_rows_is_refused(tmp_path, online, traces):
+    build_cache(tmp_path / "cache", online, fingerprint=fingerprint_of(*traces), dtype=torch.float32)
+    manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+    with pytest.raises(InputError, match="its traces need"):
+        HiddenCache(tmp_path / "cache", traces[:-1], fingerprint=manifest["fingerprint"], device="cpu")
+
+
+def test_a_failed_build_leaves_nothing_behind(tmp_path, online, traces, monkeypatch):
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(teachers, "save_file", broken)
+    with pytest.raises(OSError, match="disk full"):
+        build_cache(tmp_path / "cache", online, fingerprint=fingerprint_of(*traces), dtype=torch.float32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cache_is_hidden_size_numbers_a_token(tmp_path, online, traces):
+    build_cache(tmp_path / "cache", online, fingerprint=fingerprint_of(*traces), dtype=torch.bfloat16)
+    rows = sum(len(trace.answer_ids) for trace in traces)
+    size = (tmp_path / "cache" / "hidden-00000.safetensors").stat().st_size
+    assert rows * 64 * 2 <= size < rows * 64 * 2 + 200

@@ -1,0 +1,229 @@
+"""Whole runs at tiny size: through every stage, resumed at every step, and refused when they should be."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import make_traces
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trsd import train
+from trsd.metrics import read_metrics
+from trsd.traces import write_traces
+
+
+@pytest.fixture
+def trace_file(tmp_path, tokenizer, think):
+    path = tmp_path / "traces.jsonl"
+    write_traces(path, make_traces(tokenizer, think, 10))
+    return path
+
+
+@pytest.fixture
+def run(tiny_folder, trace_file, tmp_path):
+    """Run the trainer on the tiny model and ten given traces; flags override."""
+
+    def run(name="run", **flags):
+        defaults = dict(
+            model_name_or_path=tiny_folder,
+            data=trace_file,
+            eval_data=None,
+            output_dir=tmp_path / name,
+            max_steps=6,
+            train_batch_size=4,
+            max_tokens_per_batch=512,
+            max_length=512,
+            learning_rate=1e-3,
+            anchor_share=0.2,
+        )
+        words = [word for key, value in (defaults | flags).items() for word in (f"--{key}", str(value))]
+        train.main(words)
+        return tmp_path / name
+
+    return run
+
+
+def refusal(capsys, call):
+    with pytest.raises(SystemExit) as exit_:
+        call()
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+def losses(folder):
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def weights(checkpoint):
+    return load_file(checkpoint / "model.safetensors"), load_file(checkpoint / "state" / "optimizer.safetensors")
+
+
+def assert_equal_checkpoints(one, other):
+    for left, right in zip(weights(one), weights(other), strict=True):
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_same_command_gives_the_same_losses_bit_for_bit(run):
+    one, other = run("one"), run("other")
+    assert losses(one) == losses(other)
+    assert_equal_checkpoints(one / "checkpoint-6", other / "checkpoint-6")
+
+
+def test_resume_is_bit_exact_at_every_step(run, tmp_path):
+    whole = run("whole", save_steps=1)
+    for step in range(1, 6):
+        part = tmp_path / f"part{step}"
+        shutil.copytree(whole, part)
+        for later in range(step + 1, 7):
+            shutil.rmtree(part / f"checkpoint-{later}")
+        run(part.name, save_steps=1, resume_from_checkpoint="latest")
+        assert losses(part) == losses(whole)
+        assert_equal_checkpoints(part / "checkpoint-6", whole / "checkpoint-6")
+
+
+def test_resume_before_the_first_checkpoint_starts_over_from_the_stored_traces(run, tmp_path):
+    whole = run("whole")
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "checkpoint-6")
+    run("part", resume_from_checkpoint="latest")
+    assert losses(part) == losses(whole)
+
+
+def test_resume_of_a_finished_run_changes_nothing(run):
+    whole = run("whole")
+    before = losses(whole)
+    run("whole", resume_from_checkpoint="latest")
+    assert losses(whole) == before
+
+
+def test_row_size_changes_the_loss_by_rounding_only(run):
+    small = run("small", train_batch_size=8, max_tokens_per_batch=512)
+    large = run("large", train_batch_size=8, max_tokens_per_batch=8192)
+    rows = [read_metrics(folder / "metrics.jsonl") for folder in (small, large)]
+    assert rows[0][0]["packed_rows"] > rows[1][0]["packed_rows"] == 1
+    for one, other in zip(*rows, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    assert rows[0][0]["loss"] == pytest.approx(rows[1][0]["loss"], rel=1e-5)
+
+
+def test_online_teacher_gives_the_loss_of_the_hidden_cache(run):
+    cached, online = run("cached"), run("online", teacher="online")
+    assert not (online / "teacher").exists()
+    for one, other in zip(losses(cached), losses(online), strict=True):
+        assert one[1] == pytest.approx(other[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(divergence="reverse_kl"),
+        dict(divergence="jsd", beta=0.3, temperature=2.0),
+        dict(alpha=0.5),
+        dict(cut="fractions", cut_fractions="0.25,0.5"),
+        dict(cut="budgets", cut_budgets="4,16", snap_to_sentence=True),
+        dict(closer="anytime", lr_scheduler_type="onecycle"),
+        dict(gradient_checkpointing=True, weight_decay=0.1, lr_scheduler_type="constant"),
+        dict(bf16=True),
+        dict(max_steps=None, num_train_epochs=0.8),
+    ],
+)
+def test_every_option_trains(run, flags):
+    folder = run("run", **({"max_steps": 2} | flags))
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert len(rows) == 2 and all(row["loss"] > 0 for row in rows)
+
+
+def test_gradient_checkpointing_changes_nothing(run):
+    plain, recomputed = run("plain", max_steps=2), run("again", max_steps=2, gradient_checkpointing=True)
+    for one, other in zip(losses(plain), losses(recomputed), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_checkpoint_is_a_plain_model_folder_with_a_card(run):
+    folder = run("run", max_steps=2) / "checkpoint-2"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.generate(**tokenizer("How many?", return_tensors="pt"), max_new_tokens=3).shape[1] > 3
+    card = (folder / "README.md").read_text()
+    assert r"'\n</think>\n\n'" in card and "learning_rate: 0.001" in card
+
+
+def test_an_output_dir_that_holds_a_run_is_refused_and_untouched(run, capsys):
+    folder = run("run", max_steps=1)
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert "already holds a run" in refusal(capsys, lambda: run("run", max_steps=1))
+    assert files == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_resume_with_another_recipe_is_refused_by_field(run, capsys):
+    run("run", max_steps=2)
+    error = refusal(capsys, lambda: run("run", max_steps=2, learning_rate=0.5, resume_from_checkpoint="latest"))
+    assert "learning_rate: 0.001 -> 0.5" in error
+
+
+@pytest.mark.parametrize("what,message", [("latest", "no run to resume"), ("checkpoint-9", "no run to resume")])
+def test_resume_of_nothing_is_refused(run, capsys, what, message):
+    assert message in refusal(capsys, lambda: run("nothing", resume_from_checkpoint=what))
+
+
+def test_resume_from_a_checkpoint_that_is_not_there_lists_what_is(run, capsys):
+    run("run", max_steps=2)
+    error = refusal(capsys, lambda: run("run", max_steps=2, resume_from_checkpoint="checkpoint-9"))
+    assert "['checkpoint-2']" in error
+
+
+def test_stale_teacher_cache_is_refused(run, capsys):
+    folder = run("run", max_steps=2)
+    manifest = folder / "teacher" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["fingerprint"]["teacher_weights"] = "0"
+    manifest.write_text(json.dumps(content))
+    error = refusal(capsys, lambda: run("run", max_steps=2, resume_from_checkpoint="latest"))
+    assert "made with other teacher_weights" in error
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (dict(data="missing.jsonl"), "no data file at missing.jsonl"),
+        (dict(model_name_or_path="/no/model"), "no model folder at /no/model"),
+        (dict(closer="time is up"), "does not hold '</think>'"),
+        (dict(max_length=40, max_tokens_per_batch=64), "no trace is left"),
+        (dict(teacher_model_name_or_path="/no/teacher"), "no model folder at /no/teacher"),
+    ],
+)
+def test_unusable_input_exits_2_with_what_to_do(run, capsys, flags, message):
+    assert message in refusal(capsys, lambda: run("run", **flags))
+
+
+def test_traces_too_long_are_dropped_and_counted(run, capsys):
+    folder = run("run", max_steps=1, max_length=110)
+    dropped = json.loads((folder / "traces" / "dropped.json").read_text())
+    assert sum(dropped.values()) > 0
+    assert f"{sum(dropped.values())} x longer than max_length=" in capsys.readouterr().out
+
+
+def test_loss_that_is_not_finite_stops_before_the_step(run, tiny_folder, capsys):
+    weights_file = tiny_folder / "model.safetensors"
+    tensors = load_file(weights_file)
+    tensors["model.norm.weight"][0] = float("nan")
+    from safetensors.torch import save_file
+
+    save_file(tensors, weights_file, metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match="step 1: loss nan"):
+        run("run")
+    assert not list((tiny_folder.parent / "run").glob("checkpoint-*"))
+
+
+def test_dry_run_prints_the_recipe_and_does_nothing(capsys, tmp_path):
+    train.main(["--dry_run", "--output_dir", str(tmp_path / "run"), "--learning_rate", "0.25"])
+    assert "learning_rate: 0.25" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_output_dir_of_a_refused_run_can_be_used_again(run, capsys):
+    refusal(capsys, lambda: run("run", data="missing.jsonl"))
+    assert (run("run", max_steps=1) / "checkpoint-1").exists()

@@ -1,0 +1,150 @@
+"""TRSD itself: what the student sees, what it learns, and that packing changes neither."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_tiny_model, make_traces
+
+from trsd.batching import pack_examples
+from trsd.cuts import uniform
+from trsd.methods.trsd import TRSD, cut_example, full_example
+from trsd.models import packed_hidden_states
+from trsd.teachers import OnlineTeacher
+from trsd.thinking import ThinkFormat, sentence_end_tokens
+from trsd_kernels import fused_linear_distillation
+
+
+def loss_of(model, teacher, batches, *, num_items, **options):
+    """Sum of the packed rows' losses, as the trainer computes it."""
+    head = model.get_output_embeddings().weight
+    losses = [
+        fused_linear_distillation(
+            packed_hidden_states(model, batch.input_ids, batch.position_ids, batch.cu_seqlens)[batch.rows],
+            head,
+            teacher.hidden_states(batch.trace_indices),
+            teacher.lm_head_weight,
+            batch.labels,
+            num_items_in_batch=num_items,
+            **options,
+        ).loss
+        for batch in batches
+    ]
+    return sum(losses)
+
+
+def gradients(model, loss):
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def test_cut_example_is_prompt_cut_closer_answer(traces, think, tokenizer):
+    trace = max(traces, key=lambda t: len(t.reasoning_ids))
+    example = cut_example(trace, 3, 4, think)
+    expected = [*trace.prompt_ids, *trace.reasoning_ids[:4], *think.closer_ids, *trace.answer_ids]
+    assert example.input_ids == expected[:-1] and example.labels == trace.answer_ids
+    first = len(example.input_ids) - len(example.labels)
+    assert example.input_ids[first] == think.closer_ids[-1]  # the last closer token predicts y_1
+    assert example.labels[-1] == tokenizer.eos_token_id
+
+
+def test_a_cut_at_the_end_keeps_the_traces_own_close(traces, tokenizer):
+    trace = replace(traces[0], close_ids=[9, 9, 9])
+    think = ThinkFormat.of(tokenizer, closer="anytime")
+    assert cut_example(trace, 0, len(trace.reasoning_ids), think) == full_example(trace, 0)
+    assert full_example(trace, 0).input_ids[-len(trace.answer_ids) - 2 : -len(trace.answer_ids) + 1] == [9, 9, 9]
+
+
+@pytest.mark.parametrize("cut", [-1, 10**6])
+def test_a_cut_outside_the_trace_is_refused(traces, think, cut):
+    with pytest.raises(ValueError, match="outside"):
+        cut_example(traces[0], 0, cut, think)
+
+
+def test_cuts_are_drawn_anew_every_epoch_and_repeat_with_the_seed(traces, think):
+    trace = max(range(len(traces)), key=lambda i: len(traces[i].reasoning_ids))
+    method = TRSD(traces, think, uniform, seed=5)
+    cuts = [method.cut(epoch, trace) for epoch in range(20)]
+    assert len(set(cuts)) > 5
+    assert cuts == [TRSD(traces, think, uniform, seed=5).cut(epoch, trace) for epoch in range(20)]
+
+
+def test_snapped_cuts_end_at_sentences(traces, think, tokenizer):
+    ends = sentence_end_tokens(tokenizer)
+    method = TRSD(traces, think, uniform, seed=0, sentence_end=ends)
+    for index, trace in enumerate(traces):
+        for epoch in range(10):
+            cut = method.cut(epoch, index)
+            assert cut == 0 or ends[trace.reasoning_ids[cut - 1]]
+
+
+def test_a_cut_trace_never_leaks_a_later_token(traces, think, tiny_model):
+    trace = max(traces, key=lambda t: len(t.reasoning_ids))
+    cut = len(trace.reasoning_ids) // 2
+    other_tail = replace(trace, reasoning_ids=[*trace.reasoning_ids[:cut], *[7] * 11], close_ids=[7, 7])
+    examples = [cut_example(t, 0, cut, think) for t in (trace, other_tail)]
+    assert examples[0] == examples[1]
+    # and inside a packed row: another sequence's tokens leave this one's hidden states bit-identical
+    neighbours = [full_example(t, 1) for t in (trace, replace(other_tail, reasoning_ids=trace.reasoning_ids[::-1]))]
+    neighbours[1] = replace(neighbours[1], input_ids=neighbours[1].input_ids[: len(neighbours[0].input_ids) - 1] + [8])
+    hidden = []
+    for neighbour in neighbours:
+        (batch,) = pack_examples([examples[0], neighbour], 4096, "cpu")
+        states = packed_hidden_states(tiny_model, batch.input_ids, batch.position_ids, batch.cu_seqlens)
+        hidden.append(states[: len(examples[0].input_ids)])
+    assert torch.equal(*hidden)
+
+
+@pytest.mark.parametrize("options", [dict(alpha=1.0), dict(alpha=0.5, divergence="jsd", temperature=2.0)])
+def test_packed_gradient_equals_the_sum_over_separate_sequences_in_float64(tokenizer, think, options):
+    traces = make_traces(tokenizer, think, 6)
+    teacher_model, student = (make_tiny_model(tokenizer, seed=seed, dtype=torch.float64) for seed in (0, 1))
+    teacher = OnlineTeacher(teacher_model, traces, max_tokens_per_batch=4096)
+    rng = random.Random(0)
+    examples = [cut_example(t, i, rng.randint(0, len(t.reasoning_ids)), think) for i, t in enumerate(traces)]
+    num_items = sum(len(example.labels) for example in examples)
+    longest = max(len(example.input_ids) for example in examples)
+
+    separate = loss_of(student, teacher, pack_examples(examples, longest, "cpu"), num_items=num_items, **options)
+    one_by_one = sum(
+        loss_of(student, teacher, pack_examples([example], 4096, "cpu"), num_items=num_items, **options)
+        for example in examples
+    )
+    packed = pack_examples(examples, 4096, "cpu")
+    assert len(packed) == 1
+    together = loss_of(student, teacher, packed, num_items=num_items, **options)
+    torch.testing.assert_close(together, one_by_one, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(separate, one_by_one, rtol=1e-12, atol=1e-12)
+    for got, want in zip(gradients(student, together), gradients(student, one_by_one), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_loss_equals_equation_one_written_out_in_float64(tokenizer, think):
+    """Plain Hugging Face logits of each whole sequence, answer positions picked by hand."""
+    traces = make_traces(tokenizer, think, 4)
+    teacher_model, student = (make_tiny_model(tokenizer, seed=seed, dtype=torch.float64) for seed in (0, 1))
+    teacher = OnlineTeacher(teacher_model, traces, max_tokens_per_batch=4096)
+    cuts = [len(trace.reasoning_ids) // 2 for trace in traces]
+    examples = [cut_example(t, i, c, think) for i, (t, c) in enumerate(zip(traces, cuts, strict=True))]
+    num_items = sum(len(trace.answer_ids) for trace in traces)
+    ours = loss_of(student, teacher, pack_examples(examples, 4096, "cpu"), num_items=num_items, alpha=1.0)
+
+    plain_teacher, plain_student = (make_tiny_model(tokenizer, seed=seed, dtype=torch.float64) for seed in (0, 1))
+    total = 0.0
+    for model in (plain_teacher, plain_student):
+        model.set_attn_implementation("sdpa")  # eager rounds its softmax to fp32
+    for trace, cut in zip(traces, cuts, strict=True):
+        n = len(trace.answer_ids)
+        full = trace.prompt_ids + trace.reasoning_ids + trace.close_ids + trace.answer_ids
+        short = trace.prompt_ids + trace.reasoning_ids[:cut] + list(think.closer_ids) + trace.answer_ids
+        log_p = plain_teacher(torch.tensor([full])).logits[0, -n - 1 : -1].log_softmax(-1)
+        log_q = plain_student(torch.tensor([short])).logits[0, -n - 1 : -1].log_softmax(-1)
+        total = total + (log_p.exp() * (log_p - log_q)).sum()
+    torch.testing.assert_close(ours, total / num_items, rtol=1e-9, atol=1e-12)
+
+
+def test_full_traces_give_zero_loss_to_a_student_that_is_the_teacher(traces, tiny_model, tokenizer):
+    teacher = OnlineTeacher(make_tiny_model(tokenizer), traces, max_tokens_per_batch=4096)
+    examples = [full_example(trace, index) for index, trace in enumerate(traces)]
+    loss = loss_of(tiny_model, teacher, pack_examples(examples, 512, "cpu"), num_items=1, alpha=1.0)
+    assert abs(loss.item()) < 1e-4
