@@ -55,7 +55,7 @@ def test_rows_without_use_are_dropped_and_counted_by_reason(load):
     good = talk("so\n</think>\n4")
     loaded = load(good, good, talk("no thinking at all"), talk("only thinking</think>\n \n"))
     assert len(loaded.traces) == 1
-    assert loaded.dropped == {"the same question again": 1, NO_CLOSE: 1, NO_ANSWER: 1}
+    assert loaded.dropped == {"exact duplicate": 1, NO_CLOSE: 1, NO_ANSWER: 1}
     assert "1 x answer of zero tokens" in describe_drops(loaded.dropped)
 
 

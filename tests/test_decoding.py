@@ -22,7 +22,11 @@ class Scripted(torch.nn.Module):
         self.tokenizer = tokenizer
         self.texts = think_text, answer_text
         self.generation_config = type("G", (), {"eos_token_id": tokenizer.eos_token_id})
-        self.config = type("C", (), {"get_text_config": lambda self: self, "max_position_embeddings": 512})()
+        self.config = type(
+            "C",
+            (),
+            {"get_text_config": lambda self: self, "max_position_embeddings": 512, "vocab_size": len(tokenizer)},
+        )()
         self.contexts = []
 
     def set_attn_implementation(self, name):
@@ -109,5 +113,15 @@ def test_answers_at_budgets_force_only_what_is_longer(tokenizer, think, prompts)
 
 def test_a_prompt_longer_than_the_context_is_refused(tokenizer, think):
     decoder = Decoder(make_tiny_model(tokenizer), tokenizer, think)
-    with pytest.raises(ValueError, match="leaves no room in the model's 512"):
+    with pytest.raises(ValueError, match="context holds 512"):
         decoder.think_and_answer([[7] * 512], max_thinking_tokens=5, max_answer_tokens=5)
+
+
+def test_a_folders_generation_config_adds_nothing(tokenizer, think, prompts):
+    model = make_tiny_model(tokenizer)
+    limits = dict(max_thinking_tokens=20, max_answer_tokens=5)
+    plain = Decoder(model, tokenizer, think).think_and_answer(prompts, **limits)
+    model.generation_config.repetition_penalty = 9.0
+    model.generation_config.suppress_tokens = plain[0].reasoning_ids[:3]
+    assert Decoder(model, tokenizer, think).think_and_answer(prompts, **limits) == plain
+    assert model.generation_config.repetition_penalty == 9.0

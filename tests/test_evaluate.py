@@ -3,7 +3,7 @@ import pytest
 from conftest import make_tiny_model
 from test_decoding import Scripted
 
-from trsd.data import Question
+from trsd.data import Loaded, Question
 from trsd.decoding import Decoder
 from trsd.errors import InputError
 from trsd.evaluate import area_under_curve, bootstrap_interval, evaluate, graded_questions, table
@@ -78,4 +78,9 @@ def test_bootstrap_interval_covers_the_mean_and_shrinks():
 
 def test_questions_without_gold_cannot_be_evaluated():
     with pytest.raises(InputError, match="1 of 2 have none, the first: 'q1'"):
-        graded_questions(questions("3", None))
+        graded_questions(Loaded(questions=questions("3", None)))
+
+
+def test_traces_are_no_evaluation_data(traces):
+    with pytest.raises(InputError, match="holds traces"):
+        graded_questions(Loaded(traces=traces))

@@ -65,6 +65,12 @@ def test_unknown_flag_exits_2_with_a_suggestion(capsys):
         ("cut: middle\n", "cut"),
         ("cut_budgets: [a]\n", "cut_budgets"),
         ("data: {a: 1}\n", "data"),
+        ("data: null\n", "data: expected text"),
+        ("closer: no\n", "closer: expected text, got False"),
+        ("seed: 1\nseed: 2\n", "seed given twice"),
+        ("weight_decay: -1\n", "weight_decay"),
+        ("sampling_top_p: 0\n", "sampling_top_p"),
+        ("anchor_weight: .nan\n", "anchor_weight"),
         ("alpha: 2\n", "alpha"),
         ("temperature: 0\n", "temperature"),
         ("train_batch_size: 0\n", "train_batch_size"),
@@ -80,8 +86,21 @@ def test_wrong_value_exits_2_and_names_the_key(write, capsys, text, key):
     assert key in refusal(capsys, ["--config", write(text)])
 
 
-def test_missing_recipe_exits_2(capsys):
-    assert "no recipe at nowhere.yaml" in refusal(capsys, ["--config", "nowhere.yaml"])
+@pytest.mark.parametrize("path", ["nowhere.yaml", "/tmp"])
+def test_missing_recipe_exits_2_and_lists_the_shipped_ones(capsys, path):
+    error = refusal(capsys, ["--config", path])
+    assert f"no recipe at {path}" in error and "demo" in error
+
+
+def test_without_arguments_it_is_the_demo():
+    assert parse_recipe([])[:2] == parse_recipe(["--config", "demo"])[:2]
+    assert parse_recipe(["--seed", "3"])[0].eval_data == "bundled:questions/evaluation.jsonl"
+
+
+@pytest.mark.parametrize("words", [["--model_name_or_path", "m"], ["--data=d.jsonl"], ["--model-name-or-path", "m"]])
+def test_a_model_or_data_of_ones_own_does_not_inherit_the_demos_limits(words):
+    recipe, name, _ = parse_recipe(words)
+    assert (recipe.max_thinking_tokens, recipe.eval_data, name) == (Recipe().max_thinking_tokens, None, "run")
 
 
 def test_resolve_budgets_takes_percents_of_the_median():

@@ -1,6 +1,8 @@
+from pathlib import Path
+
 import pytest
 
-from trsd.thinking import CLOSERS, ThinkFormat, encode_exactly, find_subsequence, sentence_end_tokens, space_tokens
+from trsd.thinking import CLOSERS, ThinkFormat, encode_exactly, sentence_ends, token_texts
 
 
 @pytest.mark.parametrize("preset", CLOSERS)
@@ -8,46 +10,45 @@ def test_every_preset_closes_the_thinking_and_round_trips(tokenizer, preset):
     think = ThinkFormat.of(tokenizer, closer=preset)
     assert "</think>" in think.closer
     assert tokenizer.decode(think.closer_ids) == think.closer
-    assert find_subsequence(think.closer_ids, think.close_ids) >= 0
 
 
 def test_prompt_ends_with_the_opener_exactly_once(tokenizer, think):
     messages = [{"role": "user", "content": "How many?"}]
     ids = think.prompt_ids(tokenizer, messages)
-    assert tuple(ids[-len(think.opener_ids) :]) == think.opener_ids
-    assert ids.count(think.opener_ids[0]) == 1
+    text = tokenizer.decode(ids)
+    assert text.endswith("<|im_start|>assistant\n<think>\n") and text.count("<think>") == 1
 
 
-def test_opener_is_added_when_the_template_leaves_it_out(tokenizer, think):
+@pytest.mark.parametrize("ending,opened", [("", "<think>\n"), ("<think>\n", "<think>\n"), ("<think>", "<think>")])
+def test_opener_is_added_only_when_the_template_leaves_it_out(tokenizer, think, ending, opened):
     class Plain:
         chat_template = "x"
         __call__ = staticmethod(lambda text, **kwargs: tokenizer(text, **kwargs))
 
         def apply_chat_template(self, messages, **_):
-            return messages[0]["content"] + "\n"
+            return messages[0]["content"] + "\n" + ending
 
     ids = think.prompt_ids(Plain(), [{"role": "user", "content": "How many?"}])
-    assert tokenizer.decode(ids) == "How many?\n<think>\n"
+    assert tokenizer.decode(ids) == "How many?\n" + opened
 
 
 def test_split_gives_back_every_token(tokenizer, think):
     text = "Mia has 3.\n</think>\n\nMia has \\boxed{3} shells.<|im_end|>"
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    reasoning, close, answer = think.split(ids, space_tokens(tokenizer))
+    reasoning, close, answer = think.split(ids, token_texts(tokenizer, len(tokenizer)))
     assert reasoning + close + answer == ids
     assert tokenizer.decode(close) == "</think>\n\n"
     assert tokenizer.decode(answer) == "Mia has \\boxed{3} shells.<|im_end|>"
 
 
 def test_split_without_close_tag_is_none(tokenizer, think):
-    assert think.split(tokenizer("Mia has 3.").input_ids, space_tokens(tokenizer)) is None
+    assert think.split(tokenizer("Mia has 3.").input_ids, token_texts(tokenizer, len(tokenizer))) is None
 
 
 def test_tags_of_several_tokens_are_found(tokenizer):
     think = ThinkFormat.of(tokenizer, open_tag="<reason>", close_tag="</reason>")
-    assert len(think.close_ids) > 1
     ids = tokenizer("so 3\n</reason>\n\n3", add_special_tokens=False).input_ids
-    reasoning, close, answer = think.split(ids, space_tokens(tokenizer))
+    reasoning, close, answer = think.split(ids, token_texts(tokenizer, len(tokenizer)))
     assert (tokenizer.decode(reasoning), tokenizer.decode(answer)) == ("so 3\n", "3")
     assert reasoning + close + answer == ids
 
@@ -70,6 +71,40 @@ def test_text_that_does_not_survive_the_tokenizer_is_refused():
 
 
 def test_sentence_end_tokens_know_dots_and_line_breaks(tokenizer):
-    ends = sentence_end_tokens(tokenizer)
+    ends = sentence_ends(token_texts(tokenizer, len(tokenizer)))
     ids = tokenizer("It fits. So 3\n", add_special_tokens=False).input_ids
     assert [tokenizer.decode([i]) for i in ids if ends[i]] == [".", "\n"]
+
+
+QWEN3 = Path(__file__).parents[2] / "shared" / "data" / "tokenizers" / "qwen3"
+
+
+@pytest.mark.skipif(not QWEN3.exists(), reason="the Qwen3 tokenizer is not beside the checkout")
+def test_qwen3_prompts_open_the_thinking_and_its_traces_split():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(QWEN3)
+    think = ThinkFormat.of(tokenizer, closer="qwen3_early_stop")
+    prompt = tokenizer.decode(think.prompt_ids(tokenizer, [{"role": "user", "content": "2+2?"}]))
+    assert prompt.endswith("<|im_start|>assistant\n<think>\n") and prompt.count("<think>") == 1
+    ids = tokenizer("Easy.\n</think>\n\nIt is 4.<|im_end|>", add_special_tokens=False).input_ids
+    reasoning, close, answer = think.split(ids, token_texts(tokenizer, len(tokenizer)))
+    assert tokenizer.decode(close) == "</think>\n\n" and tokenizer.decode(answer) == "It is 4.<|im_end|>"
+    assert reasoning + close + answer == ids
+
+
+@pytest.mark.skipif(not QWEN3.exists(), reason="the Qwen3 tokenizer is not beside the checkout")
+def test_a_tag_merged_with_its_neighbours_is_found():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(QWEN3)
+    think = ThinkFormat.of(tokenizer, open_tag="<reason>", close_tag="</reason>")
+    ids = tokenizer("Easy.\n</reason>\n\nIt is 4.", add_special_tokens=False).input_ids
+    assert "</reason>" not in [tokenizer.decode([i]) for i in ids] and ">\n\n" in [tokenizer.decode([i]) for i in ids]
+    reasoning, close, answer = think.split(ids, token_texts(tokenizer, 151936))
+    assert tokenizer.decode(answer) == "It is 4." and reasoning + close + answer == ids
+
+
+def test_padded_vocabulary_ids_have_no_text(tokenizer):
+    texts = token_texts(tokenizer, 700)
+    assert len(texts) == 700 and set(texts[len(tokenizer) :]) == {""}

@@ -12,7 +12,7 @@ from trsd.cuts import uniform
 from trsd.methods.trsd import TRSD, cut_example, full_example
 from trsd.models import packed_hidden_states
 from trsd.teachers import OnlineTeacher
-from trsd.thinking import ThinkFormat, sentence_end_tokens
+from trsd.thinking import ThinkFormat, sentence_ends, token_texts
 from trsd_kernels import fused_linear_distillation
 
 
@@ -70,7 +70,7 @@ def test_cuts_are_drawn_anew_every_epoch_and_repeat_with_the_seed(traces, think)
 
 
 def test_snapped_cuts_end_at_sentences(traces, think, tokenizer):
-    ends = sentence_end_tokens(tokenizer)
+    ends = sentence_ends(token_texts(tokenizer, len(tokenizer)))
     method = TRSD(traces, think, uniform, seed=0, sentence_end=ends)
     for index, trace in enumerate(traces):
         for epoch in range(10):

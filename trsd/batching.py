@@ -6,8 +6,9 @@ tokens, so the row size changes memory and speed and never the loss.
 """
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -17,12 +18,17 @@ from trsd_kernels import cu_seqlens_of, pack_sequences, position_ids_of
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One sequence to run and the tokens it learns: the last ``len(labels)`` positions predict ``labels``."""
+    """One sequence to run and the tokens it learns: the last ``len(labels)`` positions predict ``labels``.
+
+    The ``len(thinking_labels)`` positions before those predict ``thinking_labels``, which are learnt as they stand
+    (cross-entropy), without teacher targets.
+    """
 
     trace_index: int
     """The trace whose teacher targets belong to the labels, one target row per label."""
     input_ids: list[int]
     labels: list[int]
+    thinking_labels: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +40,8 @@ class PackedBatch:
     cu_seqlens: Tensor  # [num_seqs + 1] int32
     rows: Tensor  # [num_labels] int64: the positions that predict the labels
     labels: Tensor  # [num_labels] int64
+    thinking_rows: Tensor  # [num_thinking_labels] int64
+    thinking_labels: Tensor  # [num_thinking_labels] int64
     trace_indices: tuple[int, ...]
     """Trace of each sequence, in the order of the rows."""
 
@@ -51,16 +59,24 @@ def pack_examples(examples: Sequence[Example], max_tokens: int, device: torch.de
 
 def _packed(examples: list[Example], device: torch.device | str) -> PackedBatch:
     lengths = [len(example.input_ids) for example in examples]
-    positions, start = [], 0
+    rows, thinking_rows, start = [], [], 0
     for example, length in zip(examples, lengths, strict=True):
-        positions.extend(range(start + length - len(example.labels), start + length))
+        first = start + length - len(example.labels)
+        rows.extend(range(first, start + length))
+        thinking_rows.extend(range(first - len(example.thinking_labels), first))
         start += length
+
+    def tensor(values: Iterable[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=device)
+
     return PackedBatch(
-        input_ids=torch.tensor([token for example in examples for token in example.input_ids], device=device),
+        input_ids=tensor(chain.from_iterable(example.input_ids for example in examples)),
         position_ids=position_ids_of(lengths, device),
         cu_seqlens=cu_seqlens_of(lengths, device),
-        rows=torch.tensor(positions, device=device),
-        labels=torch.tensor([label for example in examples for label in example.labels], device=device),
+        rows=tensor(rows),
+        labels=tensor(chain.from_iterable(example.labels for example in examples)),
+        thinking_rows=tensor(thinking_rows),
+        thinking_labels=tensor(chain.from_iterable(example.thinking_labels for example in examples)),
         trace_indices=tuple(example.trace_index for example in examples),
     )
 

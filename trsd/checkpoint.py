@@ -63,6 +63,12 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
+def sweep(output_dir: Path) -> None:
+    """Remove what a crash left half written."""
+    for leftover in output_dir.glob(".*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as ``<state>/<parameter name>`` tensors."""
     return {
@@ -96,4 +102,6 @@ def restore_random_state(state: dict[str, Tensor]) -> None:
     """Undo ``random_state``."""
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([state[f"cuda{i}"] for i in range(torch.cuda.device_count())])
+        for i in range(torch.cuda.device_count()):
+            if f"cuda{i}" in state:  # a machine with more GPUs than the one that saved has states of its own to keep
+                torch.cuda.set_rng_state(state[f"cuda{i}"], i)

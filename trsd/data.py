@@ -1,8 +1,9 @@
 """User data as questions or traces: local jsonl / parquet or a Hugging Face data set name, by its columns.
 
     messages                        a conversation; an assistant turn with thinking makes it a trace
-    prompt + reasoning + answer     a trace as text
+    prompt + reasoning + answer     a trace as text (question or problem serve as prompt)
     question + answer               a question with its reference answer; the teacher writes the trace
+                                    (problem or prompt serve as question)
     prompt_ids, reasoning_ids, ...  a stored trace file
 
 A row that cannot be used is dropped by a named reason and counted; a row that is malformed raises with its number.
@@ -20,7 +21,7 @@ from trsd.grading import extract_answer, grade
 from trsd.models import tokenizer_fingerprint
 from trsd.paths import resolve_bundled
 from trsd.thinking import ThinkFormat
-from trsd.traces import Trace, content_key, read_rows, trace_from_row
+from trsd.traces import FILE_TYPES, Trace, content_key, read_rows, trace_from_row
 
 NO_CLOSE = "no close tag: the thinking never ends"
 NO_ANSWER = "answer of zero tokens"
@@ -47,7 +48,7 @@ class Loaded:
 
 
 def load_data(source: str, *, tokenizer: Any, think: ThinkFormat, max_rows: int | None = None) -> Loaded:
-    """Read up to ``max_rows`` rows of ``source``; duplicates of a question are dropped and counted."""
+    """Read up to ``max_rows`` rows of ``source``; exact duplicates are dropped and counted."""
     loaded, seen = Loaded(), set()
     reader = RowReader(tokenizer, think)
     for where, row in islice(source_rows(source), max_rows):
@@ -55,7 +56,7 @@ def load_data(source: str, *, tokenizer: Any, think: ThinkFormat, max_rows: int 
         if isinstance(item, str):
             loaded.dropped[item] += 1
         elif item.id in seen:
-            loaded.dropped["the same question again"] += 1
+            loaded.dropped["exact duplicate"] += 1
         else:
             seen.add(item.id)
             (loaded.traces if isinstance(item, Trace) else loaded.questions).append(item)
@@ -77,7 +78,7 @@ def describe_drops(dropped: Counter[str]) -> str:
 def source_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a local file or, for a name that is no path, of the train split of a Hugging Face data set."""
     path = Path(resolve_bundled(source))
-    if path.exists() or path.suffix or source.count("/") != 1:
+    if path.exists() or path.suffix in FILE_TYPES or source.count("/") != 1:
         yield from read_rows(path)
         return
     try:
@@ -86,7 +87,13 @@ def source_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ImportError(
             f"{source} is no local file; for data sets of the hub install: pip install 'trsd[data]'"
         ) from None
-    for number, row in enumerate(datasets.load_dataset(source, split="train", streaming=True), start=1):
+    try:
+        rows = datasets.load_dataset(source, split="train", streaming=True)
+    except Exception as error:
+        raise InputError(
+            f"the train split of the data set {source} could not be read ({error}); save the part you want as .jsonl"
+        ) from error
+    for number, row in enumerate(rows, start=1):
         yield f"{source}:{number}", row
 
 
@@ -104,16 +111,14 @@ class RowReader:
             return trace_from_row(row, where=where, tokenizer_fingerprint=self.fingerprint)
         if "messages" in row:
             return self._messages(row, where=where)
-        if {"prompt", "reasoning", "answer"} <= row.keys():
-            prompt, reasoning, answer = (_text(row, name, where) for name in ("prompt", "reasoning", "answer"))
-            return self._trace([{"role": "user", "content": prompt}], reasoning, answer, gold=row.get("gold"))
-        if "question" in row or "problem" in row:
-            name = "question" if "question" in row else "problem"
-            question = _text(row, name, where)
-            gold = (
-                extract_answer(_text(row, "answer", where), whole_text=True) if row.get("answer") is not None else None
-            )
-            return self._question([{"role": "user", "content": question}], gold)
+        name = next((name for name in ("question", "problem", "prompt") if name in row), None)
+        if name is not None:
+            messages = [{"role": "user", "content": _text(row, name, where)}]
+            answer = None if row.get("answer") is None else _text(row, "answer", where)
+            if row.get("reasoning") is None:
+                return self._question(messages, answer and extract_answer(answer, whole_text=True))
+            gold = None if row.get("gold") is None else _text(row, "gold", where)
+            return self._trace(messages, _text(row, "reasoning", where), answer or "", gold=gold)
         raise InputError(
             f"{where}: columns {sorted(row)} fit no known form; expected messages, or prompt + reasoning + answer, or "
             "question + answer"
@@ -126,13 +131,13 @@ class RowReader:
         for message in messages:
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise InputError(f"{where}: every message needs a role and a content of text")
-        gold = str(row["answer"]) if row.get("answer") is not None else None
+        gold = None if row.get("answer") is None else _text(row, "answer", where)
         if messages[-1]["role"] != "assistant":
             return self._question(messages, gold)
         before, last = messages[:-1], messages[-1]
         if isinstance(last.get("reasoning_content"), str):
             return self._trace(before, last["reasoning_content"], last["content"], gold=gold)
-        text = last["content"].strip().removeprefix(self.think.opener.strip())
+        text = last["content"].strip().removeprefix(self.think.open_tag)
         reasoning, tag, answer = text.partition(self.think.close_tag)
         return self._trace(before, reasoning, answer, gold=gold) if tag else NO_CLOSE
 
@@ -140,7 +145,7 @@ class RowReader:
         text = "\n".join(message["content"] for message in messages)
         if not text.strip():
             return "empty prompt"
-        return Question(id=content_key(text, "0"), question=text, messages=messages, gold=gold)
+        return Question(id=content_key(text, gold or ""), question=text, messages=messages, gold=gold)
 
     def _trace(
         self, messages: list[dict[str, str]], reasoning: str, answer: str, *, gold: str | None
@@ -158,7 +163,7 @@ class RowReader:
             return self.tokenizer(text, add_special_tokens=False).input_ids
 
         return Trace(
-            id=question.id,
+            id=content_key(question.question, reasoning, answer),
             question=question.question,
             gold=gold,
             prompt_ids=self.think.prompt_ids(self.tokenizer, messages),

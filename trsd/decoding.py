@@ -4,7 +4,8 @@ A question is thought about once. Its answer at a budget b is the natural one wh
 b tokens, else the continuation of ``prompt | reasoning[:b] | closer``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from trsd.errors import InputError
 from trsd.models import plain_attention
-from trsd.thinking import ThinkFormat, space_tokens
+from trsd.thinking import ThinkFormat, token_texts
 
 Progress = Callable[[int, int], None]
 
@@ -41,6 +42,16 @@ class Answer:
     """The answer ended with EOS."""
 
 
+@contextmanager
+def _own_generation_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the folder's generation_config.json (a repetition penalty, a top-k) adds nothing to ``Sampling``."""
+    shipped, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = shipped
+
+
 class Decoder:
     """Batched decoding with one model, tokenizer and think format."""
 
@@ -60,15 +71,21 @@ class Decoder:
         self.batch_size = batch_size
         self.sampling = sampling or Sampling()
         self.progress = progress
-        self.is_space = space_tokens(tokenizer)
+        self.texts = token_texts(tokenizer, model.config.get_text_config().vocab_size)
         eos = model.generation_config.eos_token_id
         self.eos_ids = sorted({tokenizer.eos_token_id, *([eos] if isinstance(eos, int) else eos or [])})
+
+    @property
+    def context_limit(self) -> int | None:
+        """Most tokens the model can hold, prompt and continuation together; None when its config does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def think_and_answer(
         self, prompts: Sequence[Sequence[int]], *, max_thinking_tokens: int, max_answer_tokens: int
     ) -> list[Answer]:
         """Let the model think and answer freely; thinking that passes its limit stays without close and answer."""
-        written = self._complete(prompts, max_new_tokens=max_thinking_tokens + max_answer_tokens)
+        close = max(len(self.think.natural_close_ids), len(self.think.closer_ids))
+        written = self._complete(prompts, max_new_tokens=max_thinking_tokens + close + max_answer_tokens)
         return [self._split(ids, max_thinking_tokens, max_answer_tokens) for ids in written]
 
     def answer_after(
@@ -115,7 +132,7 @@ class Decoder:
         return at_budgets
 
     def _split(self, ids: list[int], max_thinking_tokens: int, max_answer_tokens: int) -> Answer:
-        parts = self.think.split(ids, self.is_space)
+        parts = self.think.split(ids, self.texts)
         if parts is None or len(parts[0]) > max_thinking_tokens:
             reasoning = [i for i in ids[:max_thinking_tokens] if i not in self.eos_ids]
             return Answer(reasoning_ids=reasoning, close_ids=[], answer_ids=[], closed=False, finished=False)
@@ -129,16 +146,18 @@ class Decoder:
         """What the model writes after each context, up to and with EOS, in the order of ``contexts``."""
         order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
         written: list[list[int]] = [[] for _ in contexts]
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if order and limit and len(contexts[order[0]]) >= limit:
-            raise InputError(f"a context of {len(contexts[order[0]])} tokens leaves no room in the model's {limit}")
+        limit = self.context_limit
+        if order and limit and len(contexts[order[0]]) + max_new_tokens > limit:
+            raise InputError(
+                f"the longest prompt has {len(contexts[order[0]])} tokens and {max_new_tokens} may follow, but the "
+                f"model's context holds {limit}: lower max_thinking_tokens or max_answer_tokens, or leave that row out"
+            )
         torch.manual_seed(self.sampling.seed)
-        with plain_attention(self.model):
+        with plain_attention(self.model), _own_generation_defaults(self.model):
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
-                longest = len(contexts[batch[0]])
-                room = min(max_new_tokens, limit - longest) if limit else max_new_tokens
-                for index, ids in zip(batch, self._generate([contexts[i] for i in batch], room), strict=True):
+                texts = self._generate([contexts[i] for i in batch], max_new_tokens)
+                for index, ids in zip(batch, texts, strict=True):
                     written[index] = ids
                 if self.progress:
                     self.progress(min(start + self.batch_size, len(order)), len(order))

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import tyro
 
-from trsd.data import Question, describe_drops, load_data
+from trsd.data import Loaded, Question, describe_drops, load_data
 from trsd.decoding import Answer, Decoder, Sampling
 from trsd.errors import InputError
 from trsd.files import write_json, write_text
-from trsd.grading import extract_answer, grade
+from trsd.grading import check_grader, extract_answer, grade
 from trsd.metrics import progress_bar
-from trsd.models import load_model, load_tokenizer, model_folder
+from trsd.models import load_for_decoding, load_tokenizer, model_folder
 from trsd.plots import plot_curves
 from trsd.recipe import Budgets, budget_problems, resolve_budgets
 from trsd.thinking import ThinkFormat
@@ -54,6 +53,7 @@ def evaluate(
     Returns:
         A json-ready dict: ``unconstrained``, ``budgets`` (one entry each), ``auc``, ``examples``.
     """
+    check_grader(question.gold for question in questions)
     repeated = [question for question in questions for _ in range(num_samples)]
     prompts = [decoder.think.prompt_ids(decoder.tokenizer, question.messages) for question in repeated]
     free = decoder.think_and_answer(
@@ -159,15 +159,18 @@ def _example(
     }
 
 
-def graded_questions(questions: Sequence[Question]) -> list[Question]:
-    """The questions, all of which must have a reference answer."""
+def graded_questions(loaded: Loaded) -> list[Question]:
+    """The questions of a data source, all of which must have a reference answer."""
+    questions = loaded.questions
+    if loaded.traces:
+        raise InputError("evaluation data holds traces: expected rows with question and answer")
     without = [question for question in questions if question.gold is None]
     if without or not questions:
         raise InputError(
             f"evaluation needs questions with a reference answer; {len(without)} of {len(questions)} have none"
             + (f", the first: {without[0].question[:80]!r}" if without else "")
         )
-    return list(questions)
+    return questions
 
 
 def table(result: dict[str, Any]) -> str:
@@ -231,22 +234,25 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate from the command line; input that cannot be used exits with code 2."""
     args = tyro.cli(EvaluateArguments, args=argv, prog="python -m trsd.evaluate", use_underscores=True)
     try:
-        if found := budget_problems(args.budgets):
-            raise InputError(f"budgets: {found[0]}")
-        folder = model_folder(args.model)
-        tokenizer = load_tokenizer(folder)
-        think = ThinkFormat.of(tokenizer, closer=args.closer, open_tag=args.open_tag, close_tag=args.close_tag)
-        loaded = load_data(args.data, tokenizer=tokenizer, think=think, max_rows=args.max_samples)
-        questions = graded_questions(loaded.questions)
+        run(args)
     except (InputError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def run(args: EvaluateArguments) -> None:
+    """Load, evaluate, print and store."""
+    if found := budget_problems(args.budgets):
+        raise InputError(f"budgets: {found[0]}")
+    folder = model_folder(args.model)
+    tokenizer = load_tokenizer(folder)
+    think = ThinkFormat.of(tokenizer, closer=args.closer, open_tag=args.open_tag, close_tag=args.close_tag)
+    loaded = load_data(args.data, tokenizer=tokenizer, think=think, max_rows=args.max_samples)
+    questions = graded_questions(loaded)
     if drops := describe_drops(loaded.dropped):
         print(f"dropped: {drops}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     decoder = Decoder(
-        load_model(folder, dtype=dtype, device=device),
+        load_for_decoding(folder),
         tokenizer,
         think,
         batch_size=args.batch_size,

@@ -12,17 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
 
 from trsd.data import NO_ANSWER, NO_CLOSE, Question, describe_drops, load_data
 from trsd.decoding import Answer, Decoder, Sampling
 from trsd.errors import InputError
-from trsd.grading import grade
+from trsd.grading import check_grader, grade
 from trsd.metrics import progress_bar
-from trsd.models import load_model, load_tokenizer, model_folder, tokenizer_fingerprint
+from trsd.models import load_for_decoding, load_tokenizer, model_folder, tokenizer_fingerprint
 from trsd.thinking import ThinkFormat
-from trsd.traces import Trace, write_traces
+from trsd.traces import Trace, check_trace_path, content_key, write_traces
 
 Filter = Literal["none", "correct_only"]
 
@@ -36,6 +35,7 @@ def generate_traces(
     close_unfinished: bool = False,
 ) -> tuple[list[Trace], Counter[str]]:
     """(traces, dropped by reason): let the decoder's model think about and answer every question."""
+    check_grader(question.gold for question in questions)
     prompts = [decoder.think.prompt_ids(decoder.tokenizer, question.messages) for question in questions]
     answers = decoder.think_and_answer(
         prompts, max_thinking_tokens=max_thinking_tokens, max_answer_tokens=max_answer_tokens
@@ -65,14 +65,14 @@ def generate_traces(
 
 
 def select_traces(
-    traces: Sequence[Trace], *, keep: Filter, max_length: int | None = None
+    traces: Sequence[Trace], *, keep: Filter, max_length: int | None = None, closer_length: int = 0
 ) -> tuple[list[Trace], Counter[str]]:
-    """(kept, dropped by reason): the filter, and at most ``max_length`` tokens where it is given."""
+    """(kept, dropped by reason): the filter, and at most ``max_length`` tokens (with a closer) where it is given."""
     kept, dropped = [], Counter()
     for trace in traces:
         if keep == "correct_only" and trace.correct is not True:
             dropped["wrong answer" if trace.correct is False else "no reference answer to compare with"] += 1
-        elif max_length is not None and trace.num_tokens > max_length:
+        elif max_length is not None and trace.num_tokens + closer_length > max_length:
             dropped[f"longer than max_length={max_length}"] += 1
         elif not trace.reasoning_ids:
             dropped["empty reasoning"] += 1
@@ -96,15 +96,16 @@ def _trace(
     question: Question, prompt: list[int], answer: Answer, tokenizer: Any, fingerprint: str, sampling: dict[str, Any]
 ) -> Trace:
     text = tokenizer.decode(answer.answer_ids, skip_special_tokens=True).strip()
+    reasoning = tokenizer.decode(answer.reasoning_ids, skip_special_tokens=False).strip("\n")
     return Trace(
-        id=question.id,
+        id=content_key(question.question, reasoning, text),
         question=question.question,
         gold=question.gold,
         prompt_ids=prompt,
         reasoning_ids=answer.reasoning_ids,
         close_ids=answer.close_ids,
         answer_ids=answer.answer_ids,
-        reasoning=tokenizer.decode(answer.reasoning_ids, skip_special_tokens=False).strip("\n"),
+        reasoning=reasoning,
         answer=text,
         closed=answer.closed,
         correct=None if question.gold is None else grade(text, question.gold),
@@ -138,7 +139,7 @@ class GenerateArguments:
     batch_size: int = 128
     """Sequences decoded together."""
     close_unfinished: bool = False
-    """Close thinking that reaches max_thinking_tokens with the closer, instead of dropping the trace."""
+    """Close thinking that has no close tag (limit reached, or EOS) with the closer, instead of dropping the trace."""
     filter: Filter = "none"
     """Which traces to keep."""
     closer: str = "template"
@@ -158,23 +159,27 @@ def main(argv: list[str] | None = None) -> None:
         use_underscores=True,
         config=(tyro.conf.FlagConversionOff,),
     )
-    if args.output.exists():
-        sys.exit(f"error: {args.output} exists already: choose another --output, or move it away")
-    start = time.perf_counter()
     try:
-        folder = model_folder(args.model)
-        tokenizer = load_tokenizer(folder)
-        think = ThinkFormat.of(tokenizer, closer=args.closer, open_tag=args.open_tag, close_tag=args.close_tag)
-        loaded = load_data(args.data, tokenizer=tokenizer, think=think, max_rows=args.max_samples)
-        if loaded.traces:
-            raise InputError(f"{args.data} already holds reasoning: nothing to generate")
+        run(args)
     except (InputError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def run(args: GenerateArguments) -> None:
+    """Load, generate, store, and say what was dropped."""
+    check_trace_path(args.output)
+    if args.output.exists():
+        raise InputError(f"{args.output} exists already: choose another --output, or move it away")
+    start = time.perf_counter()
+    folder = model_folder(args.model)
+    tokenizer = load_tokenizer(folder)
+    think = ThinkFormat.of(tokenizer, closer=args.closer, open_tag=args.open_tag, close_tag=args.close_tag)
+    loaded = load_data(args.data, tokenizer=tokenizer, think=think, max_rows=args.max_samples)
+    if loaded.traces:
+        raise InputError(f"{args.data} already holds reasoning: nothing to generate")
     decoder = Decoder(
-        load_model(folder, dtype=dtype, device=device),
+        load_for_decoding(folder),
         tokenizer,
         think,
         batch_size=args.batch_size,

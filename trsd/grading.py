@@ -4,10 +4,16 @@ Forms, in this order: the last ``\\boxed{}``, the text behind the last ``####``,
 "Answer:", and the last number. Numbers compare as exact fractions, other mathematics through math-verify.
 """
 
+import importlib.util
 import re
+import warnings
+from collections.abc import Iterable
 from fractions import Fraction
 
-_NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d[\d,]*)?")
+from trsd.errors import InputError
+
+_NUMBER = re.compile(r"(?:(?<![\d)\w])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d[\d,]*)?")
+_LATEX = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)")
 _SAID = re.compile(r"answer\s*(?:is|:)\s*", re.IGNORECASE)
 
 
@@ -37,15 +43,27 @@ def extract_answer(text: str, *, whole_text: bool = False) -> str | None:
         return boxed
     if "####" in text:
         return text.rsplit("####", 1)[1].strip().split("\n")[0].strip() or None
-    said = list(_SAID.finditer(text))
-    if said:
-        rest = text[said[-1].end() :].strip().split("\n")[0]
-        number = _NUMBER.search(rest)
-        return number.group() if number else rest.rstrip(". ") or None
+    for said in reversed(list(_SAID.finditer(text))):
+        stated = _stated(text[said.end() :].strip().split("\n")[0])
+        if stated:
+            return stated
     if whole_text:
         return text.strip() or None
     numbers = _NUMBER.findall(text)
     return numbers[-1] if numbers else None
+
+
+def _stated(rest: str) -> str | None:
+    """The answer at the beginning of what follows "answer is": mathematics in dollars, an expression, or a number."""
+    latex = _LATEX.match(rest)
+    if latex:
+        return (latex[1] or latex[2]).strip() or None
+    number = _NUMBER.search(rest)
+    if number is None and "\\" not in rest:
+        return None
+    if "\\" in rest or re.match(r"\s*[-+*^=]", rest[number.end() :]):
+        return rest.rstrip(". ")
+    return number.group()
 
 
 def as_fraction(text: str) -> Fraction | None:
@@ -74,12 +92,24 @@ def grade(text: str, gold: str) -> bool:
     return _verify(answer, reference)
 
 
+def check_grader(golds: Iterable[str | None]) -> None:
+    """Raise, before any work is done, when references need math-verify and it is not installed."""
+    if importlib.util.find_spec("math_verify"):
+        return
+    for gold in golds:
+        if gold is not None and as_fraction(gold) is None:
+            raise InputError(f"comparing answers with {gold!r} needs math-verify: pip install 'trsd[eval]'")
+
+
 def _verify(answer: str, reference: str) -> bool:
-    """math-verify's judgement of two expressions."""
+    """math-verify's judgement of two expressions; without it (numeric references only) an expression counts wrong."""
     try:
         from math_verify import parse, verify
     except ImportError:
-        raise ImportError(
-            f"comparing {answer!r} with {reference!r} needs math-verify: pip install 'trsd[eval]'"
-        ) from None
+        warnings.warn(
+            "math-verify is not installed, so answers that are no plain number count as wrong: "
+            "pip install 'trsd[eval]'",
+            stacklevel=2,
+        )
+        return False
     return bool(verify(parse(f"${reference}$"), parse(f"${answer}$")))

@@ -17,8 +17,9 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, *, step: int, 
     value = norm.item()
     if not torch.isfinite(norm) or loss != loss or loss in (float("inf"), float("-inf")):
         raise NonFiniteError(
-            f"step {step}: loss {loss}, gradient norm {value}; no parameter was changed. Resume from the last "
-            "checkpoint with a lower learning_rate, or look at the data of this step"
+            f"step {step}: loss {loss}, gradient norm {value}; no parameter was changed. Look at the "
+            "data of this step, or start a new output_dir with a lower learning_rate (the traces can be used again: "
+            "--data OUTPUT_DIR/traces/train.jsonl)"
         )
     if value > max_norm:
         torch._foreach_mul_(gradients, max_norm / (value + 1e-6))

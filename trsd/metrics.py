@@ -3,25 +3,20 @@
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
+
+from trsd.files import write_text
 
 
 class MetricsLog:
     """Appends steps to ``path``; on a resumed run what lay beyond the resumed step is dropped first."""
 
     def __init__(self, path: Path, *, first_step: int) -> None:
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:  # a line torn by a crash; its step is run again
-                    continue
-                if row["step"] <= first_step:
-                    kept.append(line)
-        path.write_text("".join(f"{line}\n" for line in kept))
+        kept = [json.dumps(row) for row in read_metrics(path) if row["step"] <= first_step]
+        write_text(path, "".join(f"{line}\n" for line in kept))
         self._stream = path.open("a")
 
     def write(self, **values: float) -> None:
@@ -36,20 +31,25 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """All steps of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):  # a line torn by a crash; its step is run again
+            rows.append(json.loads(line))
+    return rows
 
 
 def progress_bar(what: str) -> Callable[[int, int], None]:
     """A callback (done, total) that draws a bar on a terminal and stays silent elsewhere."""
     if not sys.stderr.isatty():
         return lambda done, total: None
-    bar = tqdm(desc=what, leave=False)
+    bars: list[tqdm] = []
 
     def update(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
+        if not bars:
+            bars.append(tqdm(desc=what, total=total, leave=False))
+        bars[0].update(done - bars[0].n)
         if done >= total:
-            bar.close()
+            bars.pop().close()
 
     return update
 

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from trsd.errors import InputError
 from trsd.paths import resolve_bundled
-from trsd_kernels import varlen_attention
+from trsd_kernels import cu_seqlens_of, position_ids_of, varlen_attention
 
 PACKED_ATTENTION = "trsd_varlen"
-WEIGHT_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt")
+WEIGHT_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "*.py")
 
 
 def model_folder(name_or_path: str) -> Path:
@@ -61,14 +62,47 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 def load_model(folder: Path, *, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The folder's causal language model, ready for packed rows; refuses what the loss or packing would get wrong."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            attn_implementation="sdpa",
+            output_loading_info=True,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         raise InputError(f"the model of {folder} cannot be loaded: {error}") from error
+    lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lost:
+        raise InputError(
+            f"the weights in {folder} are incomplete, {len(lost)} tensors would be random: {', '.join(lost[:5])}"
+        )
     refuse_unsupported(model)
     model.set_attn_implementation(PACKED_ATTENTION)
-    return model.to(device)
+    model = model.to(device).eval()
+    check_packing(model)
+    return model
+
+
+def load_for_decoding(folder: Path) -> PreTrainedModel:
+    """A model that is only asked to write: on a GPU in bf16 if there is one, else on the CPU in fp32."""
+    cuda = torch.cuda.is_available()
+    return load_model(folder, dtype=torch.bfloat16 if cuda else torch.float32, device="cuda" if cuda else "cpu")
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel) -> None:
+    """Raise for a model that lets packed sequences see each other, whatever it calls its attention."""
+    positions, cu_seqlens = position_ids_of([3, 3], model.device), cu_seqlens_of([3, 3], model.device)
+    second = [
+        packed_hidden_states(model, torch.tensor([*first, 4, 5, 6], device=model.device), positions, cu_seqlens)[3:]
+        for first in ([1, 2, 3], [3, 1, 1])
+    ]
+    if not torch.equal(*second):
+        raise InputError(
+            f"{type(model).__name__}: its layers do not keep packed sequences apart (no exchangeable attention, or a "
+            "recurrent state); choose another architecture"
+        )
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
@@ -98,6 +132,8 @@ def _packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     cu_seqlens: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface over ``varlen_attention``; [1, total_tokens, num_heads, head_dim]."""
@@ -108,6 +144,8 @@ def _packed_attention(
         )
     if attention_mask is not None:
         raise InputError("packed attention takes no attention_mask: cu_seqlens already separates the sequences")
+    if softcap is not None or s_aux is not None:
+        raise InputError("packed attention has neither score softcap nor sink logits: choose another architecture")
     if dropout:
         raise InputError(f"attention dropout {dropout} is not supported on packed rows: set attention_dropout to 0")
     if sliding_window is not None and int(cu_seqlens.diff().max()) > sliding_window:

@@ -14,9 +14,8 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 import yaml
 
-from trsd.paths import resolve_bundled
-
-DEFAULT_CONFIG = Path(__file__).parent / "recipes" / "demo.yaml"
+RECIPES = Path(__file__).parent / "recipes"
+DEMO = "demo"
 
 
 def comma_list(item: type, metavar: str) -> Any:
@@ -62,9 +61,9 @@ class Recipe:
     trust_remote_code: bool = False
     """Allow model folders to run their own Python code."""
 
-    max_thinking_tokens: int = 1024
+    max_thinking_tokens: int = 4096
     """Most reasoning tokens the teacher writes for a trace, and the unconstrained evaluation allows."""
-    max_answer_tokens: int = 64
+    max_answer_tokens: int = 512
     """Most tokens of an answer, after the thinking is closed."""
     sampling_temperature: float = 0.0
     """Temperature when the teacher writes traces; 0 is greedy."""
@@ -73,7 +72,7 @@ class Recipe:
     generation_batch_size: int = 128
     """Sequences decoded together."""
     close_unfinished: bool = False
-    """Close thinking that reaches max_thinking_tokens with the closer, instead of dropping the trace."""
+    """Close thinking that has no close tag (limit reached, or EOS) with the closer, instead of dropping the trace."""
     filter: Literal["none", "correct_only"] = "none"
     """Which traces to learn from."""
 
@@ -85,8 +84,10 @@ class Recipe:
     """Reasoning tokens kept, for cut=budgets."""
     snap_to_sentence: bool = False
     """Move each cut back to the last sentence end."""
-    anchor_share: float = 0.1
-    """Share of examples that keep the whole reasoning."""
+    anchor_share: float = 0.2
+    """Share of examples that keep the whole reasoning (f = 1)."""
+    anchor_weight: float = 1.0
+    """Weight of cross-entropy on the anchors' own thinking, which keeps unconstrained behaviour; 0: answers only."""
     closer: str = "template"
     """What closes a cut trace: template, qwen3_early_stop, anytime, or a text that holds the close tag."""
     open_tag: str = "<think>"
@@ -123,7 +124,7 @@ class Recipe:
     """Traces per optimizer step."""
     max_tokens_per_batch: int = 16384
     """Tokens in one packed row; a step that needs more rows accumulates their gradients."""
-    max_length: int = 4096
+    max_length: int = 8192
     """Longer traces are dropped and counted."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
@@ -162,11 +163,14 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append(f"{name}: expected at least 1, got {value}")
+        for name in ("anchor_weight", "weight_decay", "sampling_temperature"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                found.append(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.sampling_top_p == 0:
+            found.append("sampling_top_p: expected more than 0, got 0")
         for name in ("temperature", "learning_rate", "max_grad_norm", "num_train_epochs"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 found.append(f"{name}: expected a positive number, got {getattr(self, name)}")
-        if self.sampling_temperature < 0:
-            found.append(f"sampling_temperature: expected 0 (greedy) or more, got {self.sampling_temperature}")
         if self.max_tokens_per_batch < self.max_length:
             found.append(
                 f"max_tokens_per_batch: {self.max_tokens_per_batch} cannot hold a trace of max_length "
@@ -204,7 +208,7 @@ def fail(message: str) -> NoReturn:
 
 def _as_flags(values: dict[str, Any], path: Path) -> list[str]:
     """YAML values as command-line words, so that one parser checks both; unknown keys are refused here."""
-    known = [entry.name for entry in fields(Recipe)]
+    known = {entry.name: entry.type for entry in fields(Recipe)}
     words = []
     for key, value in values.items():
         if key not in known:
@@ -213,16 +217,29 @@ def _as_flags(values: dict[str, Any], path: Path) -> list[str]:
             fail(f"{path}: unknown key {key!r}{hint}")
         if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, list | dict) for v in value)):
             fail(f"{path}: {key}: expected a plain value, got {value!r}")
+        if known[key] in (str, str | None) and not isinstance(value, known[key]):
+            fail(f"{path}: {key}: expected text, got {value!r} (put it in quotes if it is meant as text)")
         words += [f"--{key}", ",".join(str(part) for part in value) if isinstance(value, list) else str(value)]
     return words
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML without its silent choice between two values of one key."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def load_recipe(path: Path) -> Recipe:
     """The recipe of a YAML file over the defaults; exits with code 2 when it is wrong."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        fail(f"no recipe at {path}")
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys) or {}
+    except OSError as error:
+        fail(f"no recipe at {path} ({error.strerror}); shipped: {', '.join(shipped_recipes())}")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         fail(f"{path} is not YAML: {error}")
     if not isinstance(values, dict):
@@ -240,15 +257,18 @@ _TYRO_CONFIG = (tyro.conf.FlagConversionOff,)
 def parse_recipe(argv: list[str] | None = None) -> tuple[Recipe, str, bool]:
     """(recipe, its name, dry run) of a command line: the YAML of ``--config``, then the flags."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=str, default=str(DEFAULT_CONFIG))
+    parser.add_argument("--config")
     parser.add_argument("--dry_run", action="store_true")
     own, rest = parser.parse_known_args(argv)
-    path = Path(resolve_config(own.config))
-    base = load_recipe(path)
+    base, name = Recipe(), "run"
+    if own.config or not _names_a_job(rest):
+        path = resolve_config(own.config or DEMO)
+        base, name = load_recipe(path), path.stem
     description = (
         "Distil a reasoning model from partial chains of thought.\n\n"
-        f"--config FILE   YAML recipe the flags override (default: the demo; shipped: {', '.join(shipped_recipes())})\n"
-        "--dry_run       print the resolved recipe and stop"
+        f"--config RECIPE   a YAML file or a shipped recipe ({', '.join(shipped_recipes())}) that the flags override;\n"
+        "                  left out: the demo, or the plain defaults when a flag names a model or data\n"
+        "--dry_run         print the resolved recipe and stop"
     )
     recipe = tyro.cli(
         Recipe,
@@ -261,18 +281,23 @@ def parse_recipe(argv: list[str] | None = None) -> tuple[Recipe, str, bool]:
     )
     if found := recipe.problems():
         fail("\n       ".join(found))
-    return recipe, path.stem, own.dry_run
+    return recipe, name, own.dry_run
+
+
+def _names_a_job(words: list[str]) -> bool:
+    """Whether flags bring a model or data of their own, for which the demo's limits would be wrong."""
+    names = {word.split("=")[0].replace("-", "_") for word in words}
+    return bool(names & {"__model_name_or_path", "__data"})
 
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in DEFAULT_CONFIG.parent.glob("*.yaml"))
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def resolve_config(text: str) -> str:
+def resolve_config(text: str) -> Path:
     """A YAML path, or the bare name of a shipped recipe."""
-    shipped = DEFAULT_CONFIG.parent / f"{text}.yaml"
-    return str(shipped) if shipped.exists() and not Path(text).exists() else resolve_bundled(text)
+    return RECIPES / f"{text}.yaml" if text in shipped_recipes() and not Path(text).is_file() else Path(text)
 
 
 def recipe_as_yaml(recipe: Recipe) -> str:

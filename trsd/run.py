@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from trsd.checkpoint import checkpoints
+from trsd.checkpoint import checkpoints, sweep
 from trsd.errors import InputError
 from trsd.files import write_json, write_text
 from trsd.recipe import Recipe, recipe_as_yaml
@@ -49,6 +49,7 @@ def open_run(recipe: Recipe, name: str) -> tuple[Recipe, Path, Path | None]:
 def _checkpoint_to_resume(recipe: Recipe, folder: Path) -> Path | None:
     if not (folder / RECIPE_FILE).exists():
         raise InputError(f"output_dir {folder} holds no run to resume")
+    sweep(folder)
     stored = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
     now = yaml.safe_load(recipe_as_yaml(recipe))
     names = [entry.name for entry in fields(Recipe) if entry.name not in FREE_TO_CHANGE]
@@ -77,8 +78,3 @@ def environment() -> dict[str, Any]:
             versions[package] = "unknown"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     return {"python": platform.python_version(), **versions, "device": device, "threads": torch.get_num_threads()}
-
-
-def recipe_of(folder: Path) -> dict[str, Any]:
-    """The recipe a run was started with, as plain values."""
-    return yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))

@@ -8,8 +8,10 @@ A cut trace is ``prompt | reasoning[:cut] | closer | answer``. The closer is one
 evaluation and serving; presets below. Tags may be single special tokens (Qwen3) or several ordinary ones.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from trsd.errors import InputError
@@ -25,14 +27,6 @@ CLOSERS = {
     # AnytimeReasoner (arXiv 2505.13438).
     "anytime": "...\n\n...\n\n{close}\n\n**Final Answer**\n",
 }
-
-
-def find_subsequence(ids: Sequence[int], pattern: Sequence[int], start: int = 0) -> int:
-    """Index of the first occurrence of ``pattern`` in ``ids`` from ``start`` on, or -1."""
-    for index in range(start, len(ids) - len(pattern) + 1):
-        if ids[index] == pattern[0] and list(ids[index : index + len(pattern)]) == list(pattern):
-            return index
-    return -1
 
 
 def encode_exactly(tokenizer: Any, text: str, *, what: str) -> list[int]:
@@ -51,11 +45,9 @@ def encode_exactly(tokenizer: Any, text: str, *, what: str) -> list[int]:
 class ThinkFormat:
     """How one tokenizer's model marks its thinking."""
 
-    opener: str
+    open_tag: str
     close_tag: str
     closer: str
-    opener_ids: tuple[int, ...]
-    close_ids: tuple[int, ...]
     closer_ids: tuple[int, ...]
     natural_close_ids: tuple[int, ...]
     """The close as the chat template writes it, for traces that come as text."""
@@ -73,11 +65,9 @@ class ThinkFormat:
             )
         natural = CLOSERS["template"].replace("{close}", close_tag)
         return cls(
-            opener=f"{open_tag}\n",
+            open_tag=open_tag,
             close_tag=close_tag,
             closer=text,
-            opener_ids=tuple(encode_exactly(tokenizer, f"{open_tag}\n", what="opener")),
-            close_ids=tuple(encode_exactly(tokenizer, close_tag, what="close tag")),
             closer_ids=tuple(encode_exactly(tokenizer, text, what="closer")),
             natural_close_ids=tuple(encode_exactly(tokenizer, natural, what="close")),
         )
@@ -86,32 +76,35 @@ class ThinkFormat:
         """Chat messages as token ids that end with the opener, which is added when the template leaves it out."""
         if tokenizer.chat_template is None:
             raise InputError("the tokenizer has no chat template: use an instruction-tuned model, or set one on it")
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        if not text.endswith(self.opener):
-            text += self.opener
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=True, tokenize=False)
+        if not text.rstrip().endswith(self.open_tag):
+            text += f"{self.open_tag}\n"
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    def split(self, ids: Sequence[int], is_space: Sequence[bool]) -> tuple[list[int], list[int], list[int]] | None:
+    def split(self, ids: Sequence[int], texts: Sequence[str]) -> tuple[list[int], list[int], list[int]] | None:
         """Split what a model wrote after the opener into (reasoning, close, answer); None without a close tag.
 
-        ``is_space[token]`` tells the tokens that decode to whitespace alone: those behind the tag belong to the close.
+        ``texts`` are the ``token_texts`` of the tokenizer. The tag may be one token or several, and its ends may be
+        merged with what stands beside them: such a token, and whitespace behind the tag, belongs to the close.
         """
-        start = find_subsequence(ids, self.close_ids)
+        ends = list(accumulate(len(texts[i]) for i in ids))
+        start = "".join(texts[i] for i in ids).find(self.close_tag)
         if start < 0:
             return None
-        end = start + len(self.close_ids)
-        while end < len(ids) and is_space[ids[end]]:
-            end += 1
-        return list(ids[:start]), list(ids[start:end]), list(ids[end:])
+        first = bisect_right(ends, start)
+        last = bisect_left(ends, start + len(self.close_tag)) + 1
+        while last < len(ids) and texts[ids[last]].isspace():
+            last += 1
+        return list(ids[:first]), list(ids[first:last]), list(ids[last:])
 
 
-def space_tokens(tokenizer: Any) -> list[bool]:
-    """For every token id, whether it decodes to whitespace alone."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
-    return [bool(text) and text.isspace() for text in texts]
+def token_texts(tokenizer: Any, vocab_size: int) -> list[str]:
+    """The text of every token id below ``vocab_size``; ids that the tokenizer does not know (padding) have none."""
+    known = len(tokenizer)
+    texts = tokenizer.batch_decode([[i] for i in range(known)], clean_up_tokenization_spaces=False)
+    return [*texts, *[""] * (vocab_size - known)]
 
 
-def sentence_end_tokens(tokenizer: Any) -> list[bool]:
-    """For every token id, whether it ends a sentence: its text closes with ``.``, ``!``, ``?`` or a line break."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+def sentence_ends(texts: Sequence[str]) -> list[bool]:
+    """For every token, whether it ends a sentence: its text closes with ``.``, ``!``, ``?`` or a line break."""
     return [text.endswith((".", "!", "?", "\n")) for text in texts]

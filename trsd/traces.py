@@ -15,6 +15,7 @@ from typing import Any
 from trsd.errors import InputError
 from trsd.files import write_text
 
+FILE_TYPES = (".jsonl", ".json", ".parquet")
 ID_FIELDS = ("prompt_ids", "reasoning_ids", "close_ids", "answer_ids")
 
 
@@ -23,7 +24,7 @@ class Trace:
     """One prompt, reasoning and answer; see ``thinking.py`` for how the parts follow each other."""
 
     id: str
-    """Key of the question's content and the sample's number: the same question gives the same id."""
+    """Key of the content: the question's for a generated trace, question, reasoning and answer for a given one."""
     question: str
     gold: str | None
     """The reference answer, when one is known."""
@@ -67,6 +68,11 @@ def trace_from_row(row: dict[str, Any], *, where: str, tokenizer_fingerprint: st
         ids = row[name]
         if not isinstance(ids, list) or not all(isinstance(i, int) and i >= 0 for i in ids):
             raise InputError(f"{where}: {name} must be a list of token ids")
+    for name in ("id", "question", "reasoning", "answer", "tokenizer"):
+        if not isinstance(row[name], str):
+            raise InputError(f"{where}: {name} must be text")
+    if not isinstance(row["gold"], str | None) or not isinstance(row["correct"], bool | None):
+        raise InputError(f"{where}: gold must be text or null, correct true, false or null")
     if not row["answer_ids"] or not row["prompt_ids"] or not row["close_ids"]:
         raise InputError(f"{where}: prompt_ids, close_ids and answer_ids must not be empty")
     if row["tokenizer"] != tokenizer_fingerprint:
@@ -75,6 +81,14 @@ def trace_from_row(row: dict[str, Any], *, where: str, tokenizer_fingerprint: st
             "generate the traces again with this model"
         )
     return Trace(**row)
+
+
+def check_trace_path(path: Path) -> None:
+    """Raise when traces could not be written to or read back from ``path`` by its type."""
+    if path.suffix not in FILE_TYPES:
+        raise InputError(f"{path}: expected a .jsonl or .parquet file")
+    if path.suffix == ".parquet":
+        _parquet()
 
 
 def write_traces(path: Path, traces: Iterable[Trace]) -> int:
@@ -108,7 +122,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, row in enumerate(parquet.read_table(path).to_pylist(), start=1):
             yield f"{path}:{number}", row
         return
-    if path.suffix not in (".jsonl", ".json"):
+    if path.suffix not in FILE_TYPES:
         raise InputError(f"{path}: expected a .jsonl or .parquet file")
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):

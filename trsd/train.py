@@ -45,7 +45,7 @@ from trsd.recipe import Recipe, fail, parse_recipe, recipe_as_yaml
 from trsd.report import model_card, summary, write_report
 from trsd.run import open_run
 from trsd.teachers import HiddenCache, OnlineTeacher, Teacher, build_cache, cache_fingerprint
-from trsd.thinking import ThinkFormat, sentence_end_tokens
+from trsd.thinking import ThinkFormat, sentence_ends, token_texts
 from trsd.traces import Trace, read_traces, write_traces
 from trsd_kernels import FusedLinearDistillation
 
@@ -120,8 +120,10 @@ def prepare_traces(job: Job) -> list[Trace]:
                     close_unfinished=recipe.close_unfinished,
                 )
             dropped += unusable
-        room = recipe.max_length - len(job.think.closer_ids)
-        traces, unwanted = select_traces(traces, keep=recipe.filter, max_length=room)
+        closer_length = len(job.think.closer_ids)
+        traces, unwanted = select_traces(
+            traces, keep=recipe.filter, max_length=recipe.max_length, closer_length=closer_length
+        )
         dropped += unwanted
         if not traces:
             raise InputError(f"{recipe.data}: no trace is left to learn from; dropped: {describe_drops(dropped)}")
@@ -133,12 +135,16 @@ def prepare_traces(job: Job) -> list[Trace]:
     dropped = json.loads((path.parent / "dropped.json").read_text())
     lengths = sorted(len(trace.reasoning_ids) for trace in traces)
     print(f"        reasoning tokens: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}")
+    if sum(dropped.values()) > len(traces):
+        print("warning: more traces were dropped than kept; see the reasons below", file=sys.stderr)
     print("        dropped: " + (", ".join(f"{count} x {reason}" for reason, count in dropped.items()) or "none"))
     return traces
 
 
-def prepare_teacher(job: Job, traces: list[Trace]) -> Teacher:
+def prepare_teacher(job: Job, traces: list[Trace]) -> Teacher | None:
     """Teacher targets as the recipe wants them; a cache is built when it is missing and refused when it is stale."""
+    if job.recipe.alpha == 0:
+        return None
     max_tokens = job.recipe.max_tokens_per_batch
     if job.recipe.teacher == "online":
         return OnlineTeacher(job.teacher(), traces, max_tokens_per_batch=max_tokens)
@@ -172,10 +178,12 @@ def evaluate_student(
         return json.loads(path.read_text())
     start = time.perf_counter()
     loaded = load_data(recipe.eval_data, tokenizer=job.tokenizer, think=job.think, max_rows=recipe.max_eval_samples)
+    if drops := describe_drops(loaded.dropped):
+        print(f"evaluation questions dropped: {drops}")
     with job.compute():
         result = evaluate(
             job.decoder(model, f"evaluate {name}"),
-            graded_questions(loaded.questions),
+            graded_questions(loaded),
             recipe.eval_budgets,
             max_thinking_tokens=recipe.max_thinking_tokens,
             max_answer_tokens=recipe.max_answer_tokens,
@@ -197,7 +205,7 @@ def print_example(job: Job, method: TRSD, examples_of: list[tuple[int, int]]) ->
 class Loop:
     """Optimizer steps over packed batches, each normalised by the step's own count of supervised tokens."""
 
-    def __init__(self, job: Job, model: PreTrainedModel, teacher: Teacher, traces: list[Trace]) -> None:
+    def __init__(self, job: Job, model: PreTrainedModel, teacher: Teacher | None, traces: list[Trace]) -> None:
         recipe = job.recipe
         self.job, self.model, self.teacher = job, model, teacher
         policy = build_policy(
@@ -206,14 +214,23 @@ class Loop:
             cut_budgets=recipe.cut_budgets,
             anchor=recipe.anchor_share,
         )
-        ends = sentence_end_tokens(job.tokenizer) if recipe.snap_to_sentence else None
-        self.method = TRSD(traces, job.think, policy, seed=recipe.seed, sentence_end=ends)
+        texts = token_texts(job.tokenizer, model.config.get_text_config().vocab_size)
+        ends = sentence_ends(texts) if recipe.snap_to_sentence else None
+        self.method = TRSD(
+            traces,
+            job.think,
+            policy,
+            seed=recipe.seed,
+            sentence_end=ends,
+            keep_thinking=recipe.anchor_weight > 0,
+        )
         self.stream = TraceStream(len(traces), batch_size=recipe.train_batch_size, seed=recipe.seed)
         self.num_steps = recipe.max_steps or math.ceil(recipe.num_train_epochs * len(traces) / recipe.train_batch_size)
         self.optimizer = build_optimizer(model, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay)
         self.distill = FusedLinearDistillation(
             alpha=recipe.alpha, divergence=recipe.divergence, beta=recipe.beta, temperature=recipe.temperature
         )
+        self.keep_thinking = FusedLinearDistillation(alpha=0.0)
 
     def step(self, step: int) -> dict[str, float]:
         """Run optimizer step ``step`` (from 0) and return its metrics."""
@@ -227,8 +244,9 @@ class Loop:
         batches = pack_examples(examples, recipe.max_tokens_per_batch, self.job.device)
         num_items = sum(batch.labels.numel() for batch in batches)
         self.model.train()
-        totals = sum(self._backward(batch, num_items) for batch in batches)
-        loss, cross_entropy, divergence = totals.tolist()
+        num_thinking = sum(batch.thinking_labels.numel() for batch in batches)
+        totals = sum(self._backward(batch, num_items, num_thinking) for batch in batches)
+        loss, cross_entropy, divergence, thinking = totals.tolist()
         norm = clip_gradients(self.model.parameters(), recipe.max_grad_norm, step=step + 1, loss=loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -239,6 +257,7 @@ class Loop:
             "loss": loss,
             "cross_entropy": cross_entropy,
             "divergence": divergence,
+            "thinking_cross_entropy": thinking,
             "grad_norm": norm,
             "learning_rate": recipe.learning_rate * factor,
             "step_seconds": seconds,
@@ -248,20 +267,23 @@ class Loop:
             "tokens_per_second": num_tokens / seconds,
         }
 
-    def _backward(self, batch: PackedBatch, num_items: int) -> Tensor:
-        """Add the gradients of one packed row; returns its [loss, cross-entropy, divergence]."""
+    def _backward(self, batch: PackedBatch, num_items: int, num_thinking: int) -> Tensor:
+        """Add the gradients of one packed row; returns its [loss, cross-entropy, divergence, thinking]."""
         with self.job.compute():
             hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.cu_seqlens)
-            out = self.distill(
-                hidden[batch.rows],
-                self.model.get_output_embeddings().weight,
-                self.teacher.hidden_states(batch.trace_indices),
-                self.teacher.lm_head_weight,
-                batch.labels,
-                num_items_in_batch=num_items,
-            )
-        out.loss.backward()
-        return torch.stack([out.loss.detach(), out.cross_entropy, out.divergence])
+            head, targets = self.model.get_output_embeddings().weight, (None, None)
+            if self.teacher is not None:
+                # One tokenizer, but heads may be padded to different sizes: the tokens are the rows both have.
+                shared = min(head.shape[0], self.teacher.lm_head_weight.shape[0])
+                head = head[:shared]
+                targets = self.teacher.hidden_states(batch.trace_indices), self.teacher.lm_head_weight[:shared]
+            out = self.distill(hidden[batch.rows], head, *targets, batch.labels, num_items_in_batch=num_items)
+            thinking = self.keep_thinking(
+                hidden[batch.thinking_rows], head, None, None, batch.thinking_labels, num_items_in_batch=num_thinking
+            ).loss
+            loss = out.loss + self.job.recipe.anchor_weight * thinking
+        loss.backward()
+        return torch.stack([loss.detach(), out.cross_entropy, out.divergence, thinking.detach()])
 
 
 def train(job: Job, loop: Loop, resume_from: Path | None) -> Path:
@@ -269,6 +291,8 @@ def train(job: Job, loop: Loop, resume_from: Path | None) -> Path:
     recipe, output_dir = job.recipe, job.output_dir
     first = load_state(resume_from, model=loop.model, optimizer=loop.optimizer) if resume_from else 0
     log = MetricsLog(output_dir / "metrics.jsonl", first_step=first)
+    if first < loop.num_steps:  # what was measured after an earlier end of this run holds no more
+        (output_dir / "eval" / "after.json").unlink(missing_ok=True)
     start, folder, advance = time.perf_counter(), resume_from, progress_bar("train")
     for step in range(first, loop.num_steps):
         values = loop.step(step)
@@ -307,12 +331,16 @@ def run(recipe: Recipe, name: str = "run") -> Path:
     checkpoint = train(job, loop, resume_from)
     after = evaluate_student(job, model, "after", before and before["percent_of"])
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    write_json(output_dir / "totals.json", {"seconds": seconds, "peak_memory_gib": peak})
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    totals = {"seconds": seconds, "peak_memory_gib": peak}
+    if job.device == "cuda":
+        totals["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    write_json(output_dir / "totals.json", totals)
     report = write_report(output_dir)
     if after:
         print(summary(before, after))
-    print(f"{seconds:.0f} s, peak memory {peak:.2f} GiB\nmodel   {checkpoint}\nreport  {report}")
+    gpu = f", on the GPU {totals['peak_gpu_memory_gib']:.2f} GiB" if job.device == "cuda" else ""
+    print(f"{seconds:.0f} s, peak memory {peak:.2f} GiB{gpu}\nmodel   {checkpoint}\nreport  {report}")
     return output_dir
 
 

@@ -6,7 +6,8 @@ For student hidden states h [N, H_s] and head W [V, H_s], teacher hidden states 
 
 (terms: ``reference.py``) and, in the same forward pass, dloss/dh and dloss/dW; backward only scales them. No
 [num_tokens, vocab_size] tensor is ever whole: a chunk of C rows holds about 8 fp32 tensors [C, V], beside one fp32
-[V, H_s] gradient when the head is trained. Rows that are ignored or weigh nothing are dropped before any product.
+[V, H_s] gradient when the head is trained and an fp32 copy of each head that is stored in half precision. Rows that
+are ignored or weigh nothing are dropped before any product.
 
 The idea of a gradient made in the forward over chunks of rows: Liger-Kernel, arXiv 2410.10989, section 3.2.
 """
@@ -117,8 +118,9 @@ class LinearDistillationFunction(torch.autograd.Function):
         labels: Tensor,
         weights: Tensor,
         options: DistillOptions,
+        grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        needs_dh, needs_dw = ctx.needs_input_grad[:2]
+        needs_dh, needs_dw = (needed and grad_enabled for needed in ctx.needs_input_grad[:2])
         kept = ((labels != options.ignore_index) & (weights != 0)).nonzero().squeeze(1)
         dtype = _compute_dtype(student_hidden_states, student_lm_head_weight)
         student_weight = student_lm_head_weight.detach().to(dtype)
@@ -158,7 +160,7 @@ class LinearDistillationFunction(torch.autograd.Function):
         return (
             None if dh is None else dh * grad_loss.to(dh.dtype),
             None if dw is None else dw * grad_loss.to(dw.dtype),
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -239,7 +241,7 @@ def fused_linear_distillation(
         num_items_in_batch: what the weighted sum is divided by, a number or a scalar tensor: the whole optimizer
             step's sum of weights when micro-batches or ranks share it. None: this call's own sum of weights.
         ignore_index: label of a row to leave out.
-        chunk_size: rows per chunk; None takes as many as 256 MiB of logits hold.
+        chunk_size: rows per chunk; None takes as many as 256 MiB of working memory hold.
 
     Returns:
         Loss and its two terms in nats per item, and the denominator. Nothing supervised gives 0 and zero gradients.
@@ -272,8 +274,7 @@ def fused_linear_distillation(
         num_items = weights.sum()
     else:
         num_items = torch.as_tensor(num_items_in_batch, dtype=dtype, device=weights.device)
-    # 0 items: every weight is 0 too, and 0 / 1 keeps loss and gradients at 0 without a host sync.
-    weights = weights / torch.where(num_items == 0, torch.ones_like(num_items), num_items)
+    weights = torch.where(num_items == 0, 0.0, weights / num_items)  # no items: loss and gradients are 0, not NaN
     if alpha == 0.0:
         teacher_hidden_states = teacher_lm_head_weight = None
     with torch.autocast(student_hidden_states.device.type, enabled=False):
@@ -285,6 +286,7 @@ def fused_linear_distillation(
             labels,
             weights,
             options,
+            torch.is_grad_enabled(),
         )
     return LinearDistillationOutput(loss, cross_entropy, value, num_items.detach())
 

@@ -47,7 +47,12 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
         return kl_divergence(log_p, log_q)
     if beta == 1.0:
         return kl_divergence(log_q, log_p)
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    # A token impossible for both has no finite gradient inside logaddexp; it is masked out of both terms anyway.
+    possible = (log_p > -math.inf) | (log_q > -math.inf)
+    mixed = torch.logaddexp(
+        torch.where(possible, log_p, 0.0) + math.log(beta), torch.where(possible, log_q, 0.0) + math.log1p(-beta)
+    )
+    log_m = torch.where(possible, mixed, -math.inf)
     return beta * kl_divergence(log_p, log_m) + (1.0 - beta) * kl_divergence(log_q, log_m)
 
 

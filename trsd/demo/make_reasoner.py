@@ -1,4 +1,4 @@
-"""Train the bundled tiny reasoner from nothing: ``python -m trsd.demo.make_reasoner --output_dir DIR``.
+"""Train the bundled tiny reasoner from nothing: ``python -m trsd.demo.make_reasoner``.
 
 A 1.7 M-parameter Qwen3 learns, from generated problems it never sees twice, to write a worked solution between
 ``<think>`` and ``</think>`` and then the answer. Cross-entropy on everything after the question, AdamW with warm-up and
@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from trsd.demo.problems import Problem, draw_problems
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 VOCAB_SIZE = 640
 TOKENIZER_PROBLEMS = 4000
+CONTEXT = 2048
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -68,7 +70,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
-        model_max_length=1024,
+        model_max_length=CONTEXT,
     )
 
 
@@ -82,7 +84,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=1024,
+        max_position_embeddings=CONTEXT,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -161,12 +163,14 @@ def train(model: Qwen3ForCausalLM, data: Iterator[tuple[Tensor, Tensor]], *, num
 def main(argv: list[str] | None = None) -> None:
     """Train the reasoner and write model, tokenizer and a record of how it was made."""
     parser = argparse.ArgumentParser(prog="python -m trsd.demo.make_reasoner", description=main.__doc__)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, default=Path("reasoner"))
     parser.add_argument("--num_steps", type=int, default=2500)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.output_dir.exists():
+        sys.exit(f"error: {args.output_dir} exists already")
 
     torch.manual_seed(args.seed)
     tokenizer = train_tokenizer(args.seed)

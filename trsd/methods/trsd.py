@@ -9,6 +9,7 @@ answer position; their absolute positions differ. A cut that keeps all of r keep
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from trsd.batching import Example
 from trsd.cuts import CutPolicy, cut_generator, snap
@@ -48,13 +49,24 @@ class TRSD:
         *,
         seed: int,
         sentence_end: Sequence[bool] | None = None,
+        keep_thinking: bool = False,
     ) -> None:
-        """``sentence_end[token]`` tells the tokens that end a sentence; given, cuts snap back to one."""
+        """Take the options of a run.
+
+        Args:
+            traces: what the teacher thought and answered.
+            think: how a cut trace is closed.
+            policy: where it is cut.
+            seed: of the cuts.
+            sentence_end: for each token id, whether it ends a sentence; given, cuts snap back to one.
+            keep_thinking: examples that keep the whole reasoning learn it too, as it stands.
+        """
         self.traces = traces
         self.think = think
         self.policy = policy
         self.seed = seed
         self.sentence_end = sentence_end
+        self.keep_thinking = keep_thinking
 
     def cut(self, epoch: int, trace_index: int) -> int:
         """After how many reasoning tokens the trace is cut in ``epoch``."""
@@ -67,4 +79,11 @@ class TRSD:
 
     def examples(self, members: Sequence[tuple[int, int]]) -> list[Example]:
         """The examples of (epoch, trace index) pairs."""
-        return [cut_example(self.traces[index], index, self.cut(epoch, index), self.think) for epoch, index in members]
+        return [self._example(epoch, index) for epoch, index in members]
+
+    def _example(self, epoch: int, trace_index: int) -> Example:
+        trace, cut = self.traces[trace_index], self.cut(epoch, trace_index)
+        example = cut_example(trace, trace_index, cut, self.think)
+        if self.keep_thinking and cut == len(trace.reasoning_ids):
+            return replace(example, thinking_labels=[*trace.reasoning_ids, *trace.close_ids])
+        return example
