@@ -1,4 +1,4 @@
-"""The whole story on the bundled reasoner: every stage at tiny size always, the published figures when slow tests run."""
+"""The whole story on the bundled reasoner: every stage at tiny size, and the demo's figures among the slow tests."""
 
 import json
 import re

@@ -19,7 +19,7 @@ def questions(*golds):
 
 def generate_with(tokenizer, think, thought, answer="unused", **options):
     decoder = Decoder(Scripted(tokenizer, thought, answer), tokenizer, think)
-    limits = dict(max_thinking_tokens=40, max_answer_tokens=12)
+    limits = dict(max_thinking_tokens=40, max_answer_tokens=24)
     return generate_traces(decoder, questions("3", "4", None), **limits, **options)
 
 

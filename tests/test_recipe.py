@@ -70,7 +70,7 @@ def test_unknown_flag_exits_2_with_a_suggestion(capsys):
         ("seed: 1\nseed: 2\n", "seed given twice"),
         ("weight_decay: -1\n", "weight_decay"),
         ("sampling_top_p: 0\n", "sampling_top_p"),
-        ("anchor_weight: .nan\n", "anchor_weight"),
+        ("thinking_weight: .nan\n", "thinking_weight"),
         ("alpha: 2\n", "alpha"),
         ("temperature: 0\n", "temperature"),
         ("train_batch_size: 0\n", "train_batch_size"),

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_traces
+from conftest import make_tiny_model, make_traces
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -135,6 +135,68 @@ def test_every_option_trains(run, flags):
     folder = run("run", **({"max_steps": 2} | flags))
     rows = read_metrics(folder / "metrics.jsonl")
     assert len(rows) == 2 and all(row["loss"] > 0 for row in rows)
+
+
+def first_loss(run, name, **flags):
+    return read_metrics(run(name, max_steps=1, **flags) / "metrics.jsonl")[0]["loss"]
+
+
+def test_every_loss_option_reaches_the_loss(run):
+    options = dict(
+        plain={},
+        reverse=dict(divergence="reverse_kl"),
+        jsd=dict(divergence="jsd"),
+        jsd_beta=dict(divergence="jsd", beta=0.9),
+        temperature=dict(temperature=3.0),
+        mixed=dict(alpha=0.5),
+        labels_only=dict(alpha=0.0),
+        answers_only=dict(thinking_weight=0.0),
+        heavy_thinking=dict(thinking_weight=2.0),
+        cut=dict(cut="budgets", cut_budgets="3"),
+        other_budget=dict(cut="budgets", cut_budgets="30"),
+        anchors=dict(anchor_share=1.0),
+        closer=dict(closer="anytime"),
+        seed=dict(seed=1),
+    )
+    losses_of = {name: first_loss(run, name, **flags) for name, flags in options.items()}
+    assert len({round(loss, 6) for loss in losses_of.values()}) == len(options), losses_of
+
+
+def test_labels_alone_need_no_teacher(run):
+    assert not (run("run", max_steps=1, alpha=0.0) / "teacher").exists()
+
+
+def test_thinking_term_is_the_cross_entropy_it_reports(run):
+    with_, without = (run(str(w), max_steps=1, thinking_weight=w) for w in (2.0, 0.0))
+    one, other = (read_metrics(folder / "metrics.jsonl")[0] for folder in (with_, without))
+    assert other["thinking_cross_entropy"] == 0 < one["thinking_cross_entropy"]
+    assert one["loss"] == pytest.approx(other["loss"] + 2.0 * one["thinking_cross_entropy"], rel=1e-5)
+
+
+def test_a_teacher_of_its_own_with_another_padding_of_the_vocabulary_trains(run, tokenizer, tmp_path):
+    teacher = make_tiny_model(tokenizer, seed=3)
+    teacher.resize_token_embeddings(len(tokenizer) + 64)
+    teacher.save_pretrained(tmp_path / "teacher_model")
+    tokenizer.save_pretrained(tmp_path / "teacher_model")
+    folder = run("run", max_steps=1, teacher_model_name_or_path=tmp_path / "teacher_model")
+    assert 0 < losses(folder)[0][1] < float("inf")
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(run, tokenizer, tmp_path, capsys):
+    shutil.copytree(tmp_path / "tiny", tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"Ġmarbles"', '"Ġmarblesx"'))
+    error = refusal(capsys, lambda: run("run", teacher_model_name_or_path=tmp_path / "other"))
+    assert "different tokenizers" in error
+
+
+def test_random_state_is_restored(tiny_model, tmp_path):
+    from trsd.checkpoint import random_state, restore_random_state
+
+    state, drawn = random_state(), torch.rand(3)
+    torch.rand(10)
+    restore_random_state(state)
+    assert torch.equal(torch.rand(3), drawn)
 
 
 def test_gradient_checkpointing_changes_nothing(run):

@@ -8,7 +8,7 @@ import torch
 from conftest import make_tiny_model, make_traces
 
 from trsd.batching import pack_examples
-from trsd.cuts import uniform
+from trsd.cuts import uniform, with_anchor
 from trsd.methods.trsd import TRSD, cut_example, full_example
 from trsd.models import packed_hidden_states
 from trsd.teachers import OnlineTeacher
@@ -67,6 +67,30 @@ def test_cuts_are_drawn_anew_every_epoch_and_repeat_with_the_seed(traces, think)
     cuts = [method.cut(epoch, trace) for epoch in range(20)]
     assert len(set(cuts)) > 5
     assert cuts == [TRSD(traces, think, uniform, seed=5).cut(epoch, trace) for epoch in range(20)]
+
+
+def test_thinking_labels_are_the_reasoning_shown_each_at_the_position_before_it(traces, think):
+    method = TRSD(traces, think, with_anchor(uniform, 0.4), seed=1, keep_thinking=True)
+    members = [(epoch, index) for epoch in range(5) for index in range(len(traces))]
+    kinds = set()
+    for (epoch, index), example in zip(members, method.examples(members), strict=True):
+        trace, cut = traces[index], method.cut(epoch, index)
+        whole = cut == len(trace.reasoning_ids)
+        kinds.add(whole)
+        shown = [*trace.reasoning_ids, *trace.close_ids] if whole else trace.reasoning_ids[:cut]
+        assert example.thinking_labels == shown
+        first = example.thinking_start
+        assert example.input_ids[first + 1 : first + 1 + len(shown)] == shown
+        assert example.input_ids[: first + 1] == trace.prompt_ids
+        (batch,) = pack_examples([full_example(trace, 0), example], 4096, "cpu")
+        later = batch.input_ids[batch.thinking_rows + 1]
+        assert later.tolist() == batch.thinking_labels.tolist() == shown
+    assert kinds == {True, False}
+
+
+def test_without_keep_thinking_only_answers_are_learnt(traces, think):
+    method = TRSD(traces, think, with_anchor(uniform, 0.5), seed=1)
+    assert all(not example.thinking_labels for example in method.examples([(0, i) for i in range(len(traces))]))
 
 
 def test_snapped_cuts_end_at_sentences(traces, think, tokenizer):

@@ -20,14 +20,15 @@ from trsd_kernels import cu_seqlens_of, pack_sequences, position_ids_of
 class Example:
     """One sequence to run and the tokens it learns: the last ``len(labels)`` positions predict ``labels``.
 
-    The ``len(thinking_labels)`` positions before those predict ``thinking_labels``, which are learnt as they stand
-    (cross-entropy), without teacher targets.
+    The positions from ``thinking_start`` on predict ``thinking_labels``, which are learnt as they stand, by
+    cross-entropy, without teacher targets.
     """
 
     trace_index: int
     """The trace whose teacher targets belong to the labels, one target row per label."""
     input_ids: list[int]
     labels: list[int]
+    thinking_start: int = 0
     thinking_labels: list[int] = field(default_factory=list)
 
 
@@ -61,9 +62,9 @@ def _packed(examples: list[Example], device: torch.device | str) -> PackedBatch:
     lengths = [len(example.input_ids) for example in examples]
     rows, thinking_rows, start = [], [], 0
     for example, length in zip(examples, lengths, strict=True):
-        first = start + length - len(example.labels)
-        rows.extend(range(first, start + length))
-        thinking_rows.extend(range(first - len(example.thinking_labels), first))
+        rows.extend(range(start + length - len(example.labels), start + length))
+        first = start + example.thinking_start
+        thinking_rows.extend(range(first, first + len(example.thinking_labels)))
         start += length
 
     def tensor(values: Iterable[int]) -> Tensor:

@@ -20,7 +20,7 @@ from trsd.errors import InputError
 from trsd.files import write_json, write_text
 from trsd.grading import check_grader, extract_answer, grade
 from trsd.metrics import progress_bar
-from trsd.models import load_for_decoding, load_tokenizer, model_folder
+from trsd.models import load_for_decoding, load_tokenizer, model_folder, quieten_transformers
 from trsd.plots import plot_curves
 from trsd.recipe import Budgets, budget_problems, resolve_budgets
 from trsd.thinking import ThinkFormat
@@ -233,6 +233,7 @@ class EvaluateArguments:
 def main(argv: list[str] | None = None) -> None:
     """Evaluate from the command line; input that cannot be used exits with code 2."""
     args = tyro.cli(EvaluateArguments, args=argv, prog="python -m trsd.evaluate", use_underscores=True)
+    quieten_transformers()
     try:
         run(args)
     except (InputError, OSError, ImportError) as error:

@@ -19,7 +19,13 @@ from trsd.decoding import Answer, Decoder, Sampling
 from trsd.errors import InputError
 from trsd.grading import check_grader, grade
 from trsd.metrics import progress_bar
-from trsd.models import load_for_decoding, load_tokenizer, model_folder, tokenizer_fingerprint
+from trsd.models import (
+    load_for_decoding,
+    load_tokenizer,
+    model_folder,
+    quieten_transformers,
+    tokenizer_fingerprint,
+)
 from trsd.thinking import ThinkFormat
 from trsd.traces import Trace, check_trace_path, content_key, write_traces
 
@@ -159,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         use_underscores=True,
         config=(tyro.conf.FlagConversionOff,),
     )
+    quieten_transformers()
     try:
         run(args)
     except (InputError, OSError, ImportError) as error:

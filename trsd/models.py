@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from trsd.errors import InputError
 from trsd.paths import resolve_bundled
@@ -44,6 +45,12 @@ def model_folder(name_or_path: str) -> Path:
         raise FileNotFoundError(
             f"{name_or_path} is no local model folder and could not be fetched from the hub ({error})"
         ) from error
+
+
+def quieten_transformers() -> None:
+    """Errors only, and no bars: what a command has to say it says itself."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

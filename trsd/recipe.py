@@ -86,8 +86,8 @@ class Recipe:
     """Move each cut back to the last sentence end."""
     anchor_share: float = 0.2
     """Share of examples that keep the whole reasoning (f = 1)."""
-    anchor_weight: float = 1.0
-    """Weight of cross-entropy on the anchors' own thinking, which keeps unconstrained behaviour; 0: answers only."""
+    thinking_weight: float = 1.0
+    """Weight of cross-entropy on the reasoning shown, which keeps unconstrained behaviour; 0: answers only."""
     closer: str = "template"
     """What closes a cut trace: template, qwen3_early_stop, anytime, or a text that holds the close tag."""
     open_tag: str = "<think>"
@@ -163,7 +163,7 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append(f"{name}: expected at least 1, got {value}")
-        for name in ("anchor_weight", "weight_decay", "sampling_temperature"):
+        for name in ("thinking_weight", "weight_decay", "sampling_temperature"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 found.append(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.sampling_top_p == 0:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from trsd.batching import PackedBatch, TraceStream, pack_examples
 from trsd.checkpoint import load_state, save_checkpoint
@@ -37,6 +36,7 @@ from trsd.models import (
     load_tokenizer,
     model_folder,
     packed_hidden_states,
+    quieten_transformers,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
@@ -194,9 +194,10 @@ def evaluate_student(
     return result
 
 
-def print_example(job: Job, method: TRSD, examples_of: list[tuple[int, int]]) -> None:
-    """Show what the student sees and what it learns, once."""
-    example = method.examples(examples_of[:1])[0]
+def print_example(job: Job, method: TRSD, members: list[tuple[int, int]]) -> None:
+    """Show what the student sees of a cut trace and what it learns, once."""
+    cut = [(epoch, i) for epoch, i in members if method.cut(epoch, i) < len(method.traces[i].reasoning_ids)]
+    example = method.examples((cut or members)[:1])[0]
     seen = job.tokenizer.decode(example.input_ids[: len(example.input_ids) - len(example.labels) + 1])
     learnt = job.tokenizer.decode(example.labels)
     print(f"one example, what is learnt in [[ ]]:\n{seen}[[{learnt}]]\n", flush=True)
@@ -222,7 +223,7 @@ class Loop:
             policy,
             seed=recipe.seed,
             sentence_end=ends,
-            keep_thinking=recipe.anchor_weight > 0,
+            keep_thinking=recipe.thinking_weight > 0,
         )
         self.stream = TraceStream(len(traces), batch_size=recipe.train_batch_size, seed=recipe.seed)
         self.num_steps = recipe.max_steps or math.ceil(recipe.num_train_epochs * len(traces) / recipe.train_batch_size)
@@ -281,7 +282,7 @@ class Loop:
             thinking = self.keep_thinking(
                 hidden[batch.thinking_rows], head, None, None, batch.thinking_labels, num_items_in_batch=num_thinking
             ).loss
-            loss = out.loss + self.job.recipe.anchor_weight * thinking
+            loss = out.loss + self.job.recipe.thinking_weight * thinking
         loss.backward()
         return torch.stack([loss.detach(), out.cross_entropy, out.divergence, thinking.detach()])
 
@@ -350,8 +351,7 @@ def main(argv: list[str] | None = None) -> None:
     if dry_run:
         print(recipe_as_yaml(recipe), end="")
         return
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
+    quieten_transformers()
     try:
         run(recipe, name)
     except (InputError, OSError, ImportError) as error:

@@ -6,6 +6,14 @@ The teacher, a frozen copy of the student, answered y after its whole reasoning 
 
 The first supervised position is the last closer token, which predicts y_1. Student and teacher rows belong together by
 answer position; their absolute positions differ. A cut that keeps all of r keeps the trace's own close too.
+
+Nothing in (1) holds the thinking itself in place, and a small student trained on it alone forgets how to think. So an
+example may also learn the reasoning it is shown, by cross-entropy on the teacher's own tokens:
+
+    loss + thinking_weight * mean_s CE(r_s | x, r_<s),    s over the reasoning tokens shown                    (2)
+
+A forward pass computes those positions anyway, and for traces sampled at temperature 1 the term is an unbiased estimate
+of KL(teacher || student) on the reasoning (plus the teacher's entropy): it asks for nothing new.
 """
 
 from collections.abc import Sequence
@@ -31,6 +39,14 @@ def cut_example(trace: Trace, trace_index: int, cut: int, think: ThinkFormat) ->
         return full_example(trace, trace_index)
     context = [*trace.prompt_ids, *trace.reasoning_ids[:cut], *think.closer_ids]
     return _answer_example(context, trace, trace_index)
+
+
+def with_thinking(example: Example, trace: Trace, cut: int) -> Example:
+    """``example`` that also learns the reasoning it is shown; the whole reasoning with the close that ends it."""
+    shown = trace.reasoning_ids[:cut]
+    if cut == len(trace.reasoning_ids):
+        shown = [*shown, *trace.close_ids]
+    return replace(example, thinking_start=len(trace.prompt_ids) - 1, thinking_labels=shown)
 
 
 def _answer_example(context: list[int], trace: Trace, trace_index: int) -> Example:
@@ -59,7 +75,7 @@ class TRSD:
             policy: where it is cut.
             seed: of the cuts.
             sentence_end: for each token id, whether it ends a sentence; given, cuts snap back to one.
-            keep_thinking: examples that keep the whole reasoning learn it too, as it stands.
+            keep_thinking: examples also learn the reasoning they are shown, as it stands.
         """
         self.traces = traces
         self.think = think
@@ -84,6 +100,4 @@ class TRSD:
     def _example(self, epoch: int, trace_index: int) -> Example:
         trace, cut = self.traces[trace_index], self.cut(epoch, trace_index)
         example = cut_example(trace, trace_index, cut, self.think)
-        if self.keep_thinking and cut == len(trace.reasoning_ids):
-            return replace(example, thinking_labels=[*trace.reasoning_ids, *trace.close_ids])
-        return example
+        return with_thinking(example, trace, cut) if self.keep_thinking else example
