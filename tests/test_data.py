@@ -110,3 +110,13 @@ def test_gsm8k_rows_become_questions_with_numeric_gold(tokenizer, think):
     loaded = load_data(str(GSM8K), tokenizer=tokenizer, think=think)
     assert len(loaded.questions) == 659
     assert all(as_fraction(question.gold) is not None for question in loaded.questions)
+
+
+def test_a_reasoning_column_makes_a_trace_whatever_the_question_is_called(load):
+    loaded = load({"question": "How many?", "reasoning": "2+2=4.", "answer": "It is 4.", "gold": 4})
+    assert loaded.traces[0].reasoning == "2+2=4." and loaded.traces[0].correct is True
+
+
+def test_several_samples_of_a_question_are_kept(load):
+    row = {"prompt": "How many?", "answer": "It is 4."}
+    assert len(load(*({**row, "reasoning": text} for text in ("2+2", "1+3"))).traces) == 2

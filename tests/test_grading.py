@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trsd.grading import as_fraction, extract_answer, grade, last_boxed
+from trsd.errors import InputError
+from trsd.grading import as_fraction, check_grader, extract_answer, grade, last_boxed
 
 
 @pytest.mark.parametrize(
@@ -17,6 +18,12 @@ from trsd.grading import as_fraction, extract_answer, grade, last_boxed
         ("The answer is 17 apples.", "17"),
         ("Answer: $3.50", "3.50"),
         ("First 3, then 5 remain", "5"),
+        (r"The answer is $\frac{1}{2}$.", r"\frac{1}{2}"),
+        (r"the answer is 2\sqrt{3}.", r"2\sqrt{3}"),
+        ("My answer is below. It must be 7.", "7"),
+        ("so 8-3=5", "5"),
+        ("we have 8-3", "3"),
+        ("it is -3", "-3"),
         ("no number here", None),
         ("", None),
     ],
@@ -69,3 +76,21 @@ def test_extract_answer_never_raises(text):
     extract_answer(text)
     last_boxed(text)
     as_fraction(text)
+
+
+def test_without_math_verify_numbers_still_compare_and_the_rest_warns(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    assert grade(r"\boxed{42.0}", "42")
+    with pytest.warns(UserWarning, match="math-verify is not installed"):
+        assert not grade(r"\boxed{\frac{84}{2}}", "42")
+
+
+def test_references_that_need_math_verify_are_found_before_any_work(monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_grader(["42", None, "1/2"])
+    with pytest.raises(InputError, match="trsd\\[eval\\]"):
+        check_grader(["42", r"\sqrt{2}"])

@@ -164,6 +164,21 @@ def test_nan_in_a_supervised_row_shows_in_the_loss():
     assert fused_linear_distillation(*inputs).loss.isnan()
 
 
+def test_zero_items_give_zero_even_with_weights():
+    inputs = make_inputs()
+    out = fused_linear_distillation(*inputs, num_items_in_batch=0)
+    out.loss.backward()
+    assert out.loss == 0 and (inputs[0].grad == 0).all()
+
+
+def test_no_gradient_is_computed_when_none_is_wanted():
+    inputs = make_inputs(96, 512, 4, 4)
+    with torch.no_grad(), LargestTensor() as largest:
+        out = fused_linear_distillation(*inputs, chunk_size=1)
+    assert not out.loss.requires_grad
+    assert largest.numel <= inputs[1].numel()
+
+
 def test_frozen_head_gets_no_gradient():
     inputs = make_inputs()
     inputs[1].requires_grad_(False)

@@ -1,8 +1,10 @@
 import pytest
 import torch
 from conftest import make_tiny_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from trsd.errors import InputError
 from trsd.models import (
     load_model,
     load_tokenizer,
@@ -110,3 +112,26 @@ def test_loaded_model_is_the_saved_one(tokenizer, tiny_folder):
     model = load_model(tiny_folder, dtype=torch.float32, device="cpu")
     saved = make_tiny_model(tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters(), strict=True))
+
+
+def test_models_that_mix_packed_sequences_are_refused_by_name(tmp_path, tokenizer):
+    config = AutoConfig.for_model("bloom", vocab_size=640, hidden_size=32, n_layer=2, n_head=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="BloomForCausalLM"):
+        load_model(tmp_path, dtype=torch.float32, device="cpu")
+
+
+def test_incomplete_weights_are_refused_instead_of_drawn_at_random(tiny_folder):
+    path = tiny_folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="incomplete, 1 tensors .*up_proj"):
+        load_model(tiny_folder, dtype=torch.float32, device="cpu")
+
+
+def test_truncated_weights_are_refused(tiny_folder):
+    path = tiny_folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_model(tiny_folder, dtype=torch.float32, device="cpu")

@@ -64,11 +64,12 @@ def test_divergence_is_zero_with_zero_gradient_when_both_agree(name):
     assert student.grad.abs().max() < 1e-12
 
 
-def test_impossible_tokens_of_both_models_count_nothing():
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+def test_impossible_tokens_of_both_models_count_nothing(name):
     student, teacher = torch.randn(2, 3, 6, dtype=torch.float64)
     cut = torch.full((3, 2), -math.inf, dtype=torch.float64)
     wide = torch.cat([student, cut], 1).requires_grad_()
-    options = dict(alpha=1.0, divergence="forward_kl", beta=0.5, temperature=1.0)
+    options = dict(alpha=1.0, divergence=name, beta=0.5, temperature=1.0)
     labels = torch.zeros(3, dtype=torch.int64)
     with_inf = distillation_rows(wide, torch.cat([teacher, cut], 1), labels, **options).divergence
     with_inf.sum().backward()

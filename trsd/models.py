@@ -105,7 +105,7 @@ def check_packing(model: PreTrainedModel) -> None:
         packed_hidden_states(model, torch.tensor([*first, 4, 5, 6], device=model.device), positions, cu_seqlens)[3:]
         for first in ([1, 2, 3], [3, 1, 1])
     ]
-    if not torch.equal(*second):
+    if not torch.allclose(*second, rtol=0, atol=0, equal_nan=True):
         raise InputError(
             f"{type(model).__name__}: its layers do not keep packed sequences apart (no exchangeable attention, or a "
             "recurrent state); choose another architecture"
