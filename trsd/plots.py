@@ -1,4 +1,4 @@
-"""Pictures: accuracy against thinking budget, and the loss."""
+"""Pictures: accuracy against thinking budget, and the terms of the loss."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,12 +44,13 @@ def plot_curves(results: dict[str, dict[str, Any]], path: Path, *, title: str | 
     _save(figure, path)
 
 
-def plot_loss(steps: Sequence[int], losses: Sequence[float], path: Path) -> None:
-    """Training loss against optimizer step, logarithmic when it spans a decade."""
+def plot_loss(steps: Sequence[int], terms: dict[str, Sequence[float]], path: Path) -> None:
+    """The loss's terms against the optimizer step, one labelled line each, on a logarithmic axis."""
     figure, axes = _figure(7.0, 2.8)
-    axes.plot(steps, losses, color=COLORS[1], lw=1.6)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per answer token)")
-    positive = [loss for loss in losses if loss > 0]
-    if positive and max(positive) > 10 * min(positive):
+    for (label, values), color in zip(terms.items(), COLORS[1:], strict=False):
+        axes.plot(steps, values, color=color, lw=1.4, label=label)
+    axes.set(xlabel="optimizer step", ylabel="nats per token")
+    if all(value > 0 for values in terms.values() for value in values):
         axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize=8)
     _save(figure, path)

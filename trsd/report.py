@@ -16,11 +16,17 @@ from trsd.plots import plot_curves, plot_loss
 from trsd.recipe import Recipe, recipe_as_yaml
 from trsd.run import ENVIRONMENT_FILE, RECIPE_FILE
 
+LOSS_TERMS = {
+    "divergence": "answers: divergence from the teacher",
+    "cross_entropy": "answers: cross-entropy",
+    "thinking_cross_entropy": "reasoning shown: cross-entropy",
+}
 STYLE = """
 body{font:16px/1.55 system-ui,sans-serif;color:#1f2937;max-width:60rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.25rem .8rem;text-align:right}
-th{border-bottom:1px solid #9ca3af;font-weight:600}td:first-child,th:first-child{text-align:left}
+th{border-bottom:1px solid #9ca3af;font-weight:600}td:first-child,th:first-child,.right,.wrong,.said th{text-align:left}
+.numbers td{white-space:nowrap}
 img{max-width:100%}pre{background:#f3f4f6;padding:.8rem;overflow-x:auto;font-size:.82rem;white-space:pre-wrap}
 .lead{color:#4b5563}.right{color:#15803d}.wrong{color:#b91c1c}.cards{display:flex;gap:1rem;flex-wrap:wrap}
 .card{border:1px solid #e5e7eb;border-radius:.5rem;padding:.6rem 1rem}.card b{display:block;font-size:1.5rem}
@@ -87,7 +93,9 @@ def write_report(run_dir: Path) -> Path:
         parts += ["<h2>Accuracy against thinking budget</h2>", _image(run_dir / "curve.png", "accuracy against budget")]
         parts.append(_curve_table(before, after))
     if metrics:
-        plot_loss([row["step"] for row in metrics], [row["loss"] for row in metrics], run_dir / "loss.png")
+        terms = {label: [row[name] for row in metrics] for name, label in LOSS_TERMS.items()}
+        learnt = {label: values for label, values in terms.items() if any(values)}
+        plot_loss([row["step"] for row in metrics], learnt, run_dir / "loss.png")
         parts += ["<h2>Loss</h2>", _image(run_dir / "loss.png", "training loss")]
     if before and after:
         parts += [
@@ -151,7 +159,7 @@ def _curve_table(before: dict[str, Any], after: dict[str, Any]) -> str:
     free = cells(before["unconstrained"]) + cells(after["unconstrained"])
     lengths = " → ".join(f"{result['unconstrained']['mean_thinking_tokens']:.1f}" for result in (before, after))
     return (
-        f"<table><tr><th>budget</th><th>tokens</th>{head}</tr>{rows}"
+        f'<table class="numbers"><tr><th>budget</th><th>tokens</th>{head}</tr>{rows}'
         f"<tr><td>free</td><td>{lengths}</td>{free}</tr></table>"
         f"<p class='lead'>{before['num_questions']} questions; intervals are 95 %, bootstrapped over questions.</p>"
     )
@@ -172,7 +180,7 @@ def _example(before: dict[str, Any], after: dict[str, Any]) -> str:
     thoughts = "".join(f"<pre>{html.escape(result['reasoning'])}</pre>" for result in (before, after))
     return (
         f"<details open><summary>{question} <i>(answer {gold})</i></summary>"
-        f"<table><tr><th>budget</th><th>before</th><th>after</th></tr>{rows}{free}</table>"
+        f'<table class="said"><tr><th>budget</th><th>before</th><th>after</th></tr>{rows}{free}</table>'
         f"<details><summary>unconstrained thinking, before and after</summary>{thoughts}</details></details>"
     )
 
