@@ -59,11 +59,16 @@ def test_splits_never_share_a_question_and_repeat_with_their_seed():
     assert train[:50] != [p.question for p in islice(draw_problems("train", seed=4), 50)]
 
 
-@pytest.mark.parametrize("split,count", [("train", 1024), ("evaluation", 300)])
-def test_bundled_questions_are_the_generators(split, count):
+@pytest.mark.parametrize("split,count,seed", [("train", 1024, 1), ("evaluation", 300, 0)])
+def test_bundled_questions_are_the_generators(split, count, seed):
     rows = [json.loads(line) for line in (QUESTIONS / f"{split}.jsonl").read_text().splitlines()]
-    drawn = islice(draw_problems(split, seed=0), count)
+    drawn = islice(draw_problems(split, seed=seed), count)
     assert rows == [{"question": p.question, "answer": p.answer} for p in drawn]
+
+
+def test_bundled_training_questions_are_new_to_the_reasoner():
+    bundled = {json.loads(line)["question"] for line in (QUESTIONS / "train.jsonl").read_text().splitlines()}
+    assert not bundled & {p.question for p in islice(draw_problems("train", seed=0), 20000)}
 
 
 def test_unknown_split_is_refused():
