@@ -287,6 +287,7 @@ def test_dry_run_prints_the_recipe_and_does_nothing(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_output_dir_of_a_refused_run_can_be_used_again(run, capsys):
+def test_the_output_dir_of_a_refused_run_is_gone_and_can_be_used_again(run, tiny_folder, capsys):
     refusal(capsys, lambda: run("run", data="missing.jsonl"))
+    assert not (tiny_folder.parent / "run").exists()
     assert (run("run", max_steps=1) / "checkpoint-1").exists()

@@ -2,6 +2,7 @@
 
 import platform
 import re
+import shutil
 import time
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -44,6 +45,12 @@ def open_run(recipe: Recipe, name: str) -> tuple[Recipe, Path, Path | None]:
     write_text(folder / RECIPE_FILE, recipe_as_yaml(recipe))
     write_json(folder / ENVIRONMENT_FILE, environment())
     return recipe, folder, None
+
+
+def discard_unbegun(folder: Path) -> None:
+    """Remove the folder of a run whose input was refused before anything was made."""
+    if folder.exists() and not {path.name for path in folder.iterdir()} - NOT_YET_BEGUN:
+        shutil.rmtree(folder)
 
 
 def _checkpoint_to_resume(recipe: Recipe, folder: Path) -> Path | None:

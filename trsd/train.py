@@ -43,7 +43,7 @@ from trsd.models import (
 from trsd.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from trsd.recipe import Recipe, fail, parse_recipe, recipe_as_yaml
 from trsd.report import model_card, summary, write_report
-from trsd.run import open_run
+from trsd.run import discard_unbegun, open_run
 from trsd.teachers import HiddenCache, OnlineTeacher, Teacher, build_cache, cache_fingerprint
 from trsd.thinking import ThinkFormat, sentence_ends, token_texts
 from trsd.traces import Trace, read_traces, write_traces
@@ -322,8 +322,12 @@ def run(recipe: Recipe, name: str = "run") -> Path:
     print(f"{name}: {output_dir}" + (f", resuming {resume_from.name}" if resume_from else ""), flush=True)
     torch.manual_seed(recipe.seed)
     start = time.perf_counter()
-    job = Job(recipe, output_dir)
-    traces = prepare_traces(job)
+    try:
+        job = Job(recipe, output_dir)
+        traces = prepare_traces(job)
+    except (InputError, OSError, ImportError):
+        discard_unbegun(output_dir)
+        raise
     teacher = prepare_teacher(job, traces)
     model = job.student(resume_from or job.student_folder)
     before = evaluate_student(job, model, "before")
