@@ -88,6 +88,13 @@ def test_thinking_labels_are_the_reasoning_shown_each_at_the_position_before_it(
     assert kinds == {True, False}
 
 
+def test_a_forced_close_is_not_learnt(traces, think):
+    forced = [replace(trace, closed=False) for trace in traces]
+    method = TRSD(forced, think, with_anchor(uniform, 1.0), seed=1, keep_thinking=True)
+    for index, example in enumerate(method.examples([(0, i) for i in range(len(forced))])):
+        assert example.thinking_labels == forced[index].reasoning_ids
+
+
 def test_without_keep_thinking_only_answers_are_learnt(traces, think):
     method = TRSD(traces, think, with_anchor(uniform, 0.5), seed=1)
     assert all(not example.thinking_labels for example in method.examples([(0, i) for i in range(len(traces))]))

@@ -42,9 +42,9 @@ def cut_example(trace: Trace, trace_index: int, cut: int, think: ThinkFormat) ->
 
 
 def with_thinking(example: Example, trace: Trace, cut: int) -> Example:
-    """``example`` that also learns the reasoning it is shown; the whole reasoning with the close that ends it."""
+    """``example`` that also learns the reasoning it is shown; the whole one with its close, unless that was forced."""
     shown = trace.reasoning_ids[:cut]
-    if cut == len(trace.reasoning_ids):
+    if cut == len(trace.reasoning_ids) and trace.closed:
         shown = [*shown, *trace.close_ids]
     return replace(example, thinking_start=len(trace.prompt_ids) - 1, thinking_labels=shown)
 
