@@ -139,6 +139,6 @@ def test_the_demo_reaches_its_figures(tmp_path, seed):
     assert mean(before) < 0.4 and mean(after) > 0.9
     assert after["auc"] - before["auc"] >= 0.2
     assert after["unconstrained"]["accuracy"] >= before["unconstrained"]["accuracy"] - 0.01
-    assert after["unconstrained"]["mean_thinking_tokens"] <= before["unconstrained"]["mean_thinking_tokens"] + 0.5
+    assert after["unconstrained"]["mean_thinking_tokens"] <= before["unconstrained"]["mean_thinking_tokens"]
     totals = json.loads((tmp_path / "run" / "totals.json").read_text())
     assert totals["peak_memory_gib"] <= 3

@@ -163,7 +163,10 @@ def prepare_teacher(job: Job, traces: list[Trace]) -> Teacher | None:
         del teacher
         gc.collect()
         size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
-        print(f"teacher targets: {size:.1f} MiB of hidden states in {time.perf_counter() - start:.0f} s", flush=True)
+        print(
+            f"teacher targets: {size:.1f} MiB (hidden states, and the lm_head) in {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
     return HiddenCache(folder, traces, fingerprint=fingerprint, device=job.device)
 
 
