@@ -93,6 +93,15 @@ def test_resume_before_the_first_checkpoint_starts_over_from_the_stored_traces(r
     assert losses(part) == losses(whole)
 
 
+def test_resume_sweeps_half_written_folders_and_leaves_a_users_dot_files(run):
+    whole = run("whole", max_steps=1)
+    for name in (".checkpoint-1.77", ".teacher.77", ".git", ".checkpoint-notes"):
+        (whole / name).mkdir()
+    (whole / ".env").write_text("mine")
+    run("whole", max_steps=1, resume_from_checkpoint="latest")
+    assert {path.name for path in whole.glob(".*")} == {".git", ".checkpoint-notes", ".env"}
+
+
 def test_resume_of_a_finished_run_changes_nothing(run):
     whole = run("whole")
     before = losses(whole)

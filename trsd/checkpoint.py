@@ -64,9 +64,10 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def sweep(output_dir: Path) -> None:
-    """Remove what a crash left half written."""
+    """Remove the checkpoint and cache folders that a crash left half written; nothing else that begins with a dot."""
     for leftover in output_dir.glob(".*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if re.fullmatch(r"\.(checkpoint-\d+|teacher)\.\d+", leftover.name):
+            shutil.rmtree(leftover)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -56,13 +56,13 @@ def discard_unbegun(folder: Path) -> None:
 def _checkpoint_to_resume(recipe: Recipe, folder: Path) -> Path | None:
     if not (folder / RECIPE_FILE).exists():
         raise InputError(f"output_dir {folder} holds no run to resume")
-    sweep(folder)
     stored = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
     now = yaml.safe_load(recipe_as_yaml(recipe))
     names = [entry.name for entry in fields(Recipe) if entry.name not in FREE_TO_CHANGE]
     changed = [f"{name}: {stored.get(name)} -> {now[name]}" for name in names if stored.get(name) != now[name]]
     if changed:
         raise InputError(f"cannot resume {folder} with another recipe ({'; '.join(changed)}): start a new output_dir")
+    sweep(folder)
     if recipe.resume_from_checkpoint == "latest":
         found = checkpoints(folder)
         return found[-1] if found else None
