@@ -4,7 +4,15 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "pyarrow>=17", "math-verify>=0.8", "ruff>=0.8"]
+TEST = [
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "hypothesis>=6.100",
+    "pyarrow>=17",
+    "math-verify>=0.8",
+    "ruff>=0.8",
+    "triton>=3.6; platform_system == 'Linux'",
+]
 EVAL = ["math-verify>=0.8"]
 
 setup(

@@ -1,13 +1,20 @@
 """Exact distillation losses and packed attention for any trainer: torch alone, no trainer around it."""
 
 from trsd_kernels.layout import cu_seqlens_of, pack_sequences, position_ids_of
-from trsd_kernels.linear_distill import FusedLinearDistillation, LinearDistillationOutput, fused_linear_distillation
+from trsd_kernels.linear_distill import FusedLinearDistillation, fused_linear_distillation
+from trsd_kernels.logits_distill import fused_distillation
+from trsd_kernels.options import DistillOptions
+from trsd_kernels.reduction import LinearDistillationOutput
+from trsd_kernels.row_state import TokenTerms
 from trsd_kernels.varlen_attention import varlen_attention
 
 __all__ = [
+    "DistillOptions",
     "FusedLinearDistillation",
     "LinearDistillationOutput",
+    "TokenTerms",
     "cu_seqlens_of",
+    "fused_distillation",
     "fused_linear_distillation",
     "pack_sequences",
     "position_ids_of",

@@ -1,208 +1,69 @@
-"""The lm_head product and the distillation loss together, a chunk of rows at a time.
+"""The lm_head product and the distillation loss together, a chunk at a time: the public faces.
 
 For student hidden states h [N, H_s] and head W [V, H_s], teacher hidden states and head alike, it computes
 
     loss = sum_t w_t [(1 - alpha) CE_t + alpha kappa D_t] / num_items                                        (1)
 
-(terms: ``reference.py``) and, in the same forward pass, dloss/dh and dloss/dW; backward only scales them. No
-[num_tokens, vocab_size] tensor is ever whole: a chunk of C rows holds about 8 fp32 tensors [C, V], beside one fp32
-[V, H_s] gradient when the head is trained and an fp32 copy of each head that is stored in half precision. Rows that
-are ignored or weigh nothing are dropped before any product.
+(terms: ``reference.py``) with its gradients for h, W and the bias. No [num_tokens, vocab_size] tensor is ever whole,
+and rows that are ignored or weigh nothing are dropped before any product. Two plans:
 
-The idea of a gradient made in the forward over chunks of rows: Liger-Kernel, arXiv 2410.10989, section 3.2.
+``tokens``  C rows x the whole vocabulary at a time (``token_plan.py``). The gradient is made in the forward, so nothing
+            is computed twice: the fastest. A trained head costs an fp32 [V, H_s] sum.
+``vocab``   all rows x V' entries at a time (``vocab_plan.py``). Backward repeats the logits: less memory, no fp32 sum,
+            and per-token losses that are differentiable.
+``auto``    ``vocab`` where ``reduction`` is "none" or where ``chunk_bytes`` would leave fewer than 256 rows a chunk
+            (products that narrow waste the processor); else ``tokens``.
+
+Products run on the operands' dtype with fp32 results; under autocast on a GPU they run on operands rounded to the
+autocast dtype, as in any linear layer, but their results are not. Without a GPU, half precision is lifted to fp32.
+
+The idea of a gradient made in the forward over chunks of rows: Liger-Kernel, arXiv 2410.10989, section 3.2; of the
+vocabulary sweep with online statistics: Cut Your Losses, arXiv 2411.09009.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 
-from trsd_kernels.checks import check_hidden_and_weight, check_labels, check_same_device, check_token_weights
-from trsd_kernels.reference import DIVERGENCES, distillation_rows
+from trsd_kernels.checks import check_distillation_inputs
+from trsd_kernels.linear_ops import chunk_length, linear_distill_tokens, linear_distill_vocab
+from trsd_kernels.options import DistillOptions
+from trsd_kernels.reduction import LinearDistillationOutput, check_reduction, reduced_output, weights_and_items
+from trsd_kernels.row_state import TokenTerms
 
-CHUNK_BYTES = 256 * 2**20
-LIVE_CHUNK_TENSORS = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillOptions:
-    """Everything about the loss that is not a tensor."""
-
-    alpha: float = 0.5
-    divergence: str = "forward_kl"
-    beta: float = 0.5
-    temperature: float = 1.0
-    temperature_squared: bool = True
-    ignore_index: int = -100
-    chunk_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha: expected the divergence's share in [0, 1], got {self.alpha}")
-        if self.divergence not in DIVERGENCES:
-            raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {self.divergence!r}")
-        if not 0.0 <= self.beta <= 1.0:
-            raise ValueError(f"beta: expected 0 (forward KL) to 1 (reverse KL), got {self.beta}")
-        if not 0.0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"chunk_size: expected at least 1 row, got {self.chunk_size}")
-
-    @property
-    def divergence_scale(self) -> float:
-        """alpha * kappa of equation (1)."""
-        return self.alpha * (self.temperature**2 if self.temperature_squared else 1.0)
-
-    def rows_per_chunk(self, vocab_size: int, element_size: int) -> int:
-        """``chunk_size``, or as many rows as CHUNK_BYTES holds."""
-        return self.chunk_size or max(1, CHUNK_BYTES // (LIVE_CHUNK_TENSORS * element_size * vocab_size))
+PLANS = ("auto", "tokens", "vocab")
+MIN_ROWS_PER_CHUNK = 256
 
 
-class LinearDistillationOutput(NamedTuple):
-    """What ``fused_linear_distillation`` returns: scalars on the device of the inputs."""
-
-    loss: Tensor
-    """Nats per item; differentiable."""
-    cross_entropy: Tensor
-    """sum_t w_t CE_t / num_items, detached; 0 when alpha is 1."""
-    divergence: Tensor
-    """sum_t w_t D_t / num_items before alpha and T^2, detached; 0 when alpha is 0."""
-    num_items: Tensor
-    """The denominator used."""
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return None
 
 
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """fp64 when any input is fp64, else fp32: logits are never rounded to half precision."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+def _choose_plan(plan: str, reduction: str, vocab_size: int, num_tokens: int, chunk_bytes: int | None, like: Tensor):
+    """See ``auto`` in the module's text."""
+    if plan != "auto":
+        return plan
+    if reduction == "none":
+        return "vocab"
+    if chunk_bytes is None:
+        return "tokens"
+    rows = chunk_length(vocab_size, like.dtype, like.device, chunk_bytes)
+    return "tokens" if rows >= min(num_tokens, MIN_ROWS_PER_CHUNK) else "vocab"
 
 
-def _chunk_gradient(
-    student_logits: Tensor,  # [C, V]
-    teacher_logits: Tensor | None,  # [C, V]
-    labels: Tensor,  # [C]
-    weights: Tensor,  # [C], already divided by num_items
-    options: DistillOptions,
-    needs_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """(sums of [loss, cross-entropy, divergence] as one [3] tensor, dloss/dlogits or None) of one chunk."""
-    with torch.set_grad_enabled(needs_gradient):
-        student_logits = student_logits.requires_grad_(needs_gradient)
-        rows = distillation_rows(
-            student_logits,
-            teacher_logits,
-            labels,
-            alpha=options.alpha,
-            divergence=options.divergence,
-            beta=options.beta,
-            temperature=options.temperature,
-        )
-        cross_entropy = (weights * rows.cross_entropy).sum()
-        divergence = (weights * rows.divergence).sum()
-        loss = (1.0 - options.alpha) * cross_entropy + options.divergence_scale * divergence
-        gradient = torch.autograd.grad(loss, student_logits)[0] if needs_gradient else None
-    return torch.stack([loss, cross_entropy, divergence]).detach(), gradient
-
-
-class LinearDistillationFunction(torch.autograd.Function):
-    """Equation (1) with its gradients made in the forward; see ``fused_linear_distillation``."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        student_hidden_states: Tensor,
-        student_lm_head_weight: Tensor,
-        teacher_hidden_states: Tensor | None,
-        teacher_lm_head_weight: Tensor | None,
-        labels: Tensor,
-        weights: Tensor,
-        options: DistillOptions,
-        grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        needs_dh, needs_dw = (needed and grad_enabled for needed in ctx.needs_input_grad[:2])
-        kept = ((labels != options.ignore_index) & (weights != 0)).nonzero().squeeze(1)
-        dtype = _compute_dtype(student_hidden_states, student_lm_head_weight)
-        student_weight = student_lm_head_weight.detach().to(dtype)
-        teacher_weight = None if teacher_lm_head_weight is None else teacher_lm_head_weight.detach().to(dtype)
-        sums = weights.new_zeros(3, dtype=dtype)
-        dh = torch.zeros_like(student_hidden_states) if needs_dh else None
-        dw = torch.zeros_like(student_weight) if needs_dw else None
-
-        for rows in kept.split(options.rows_per_chunk(student_weight.shape[0], dtype.itemsize)):
-            hidden = student_hidden_states.detach()[rows].to(dtype)  # [C, H_s]
-            teacher_logits = None
-            if teacher_weight is not None:
-                teacher_logits = teacher_hidden_states.detach()[rows].to(dtype) @ teacher_weight.T  # [C, V]
-            chunk_sums, gradient = _chunk_gradient(
-                hidden @ student_weight.T,
-                teacher_logits,
-                labels[rows],
-                weights[rows].to(dtype),
-                options,
-                needs_dh or needs_dw,
-            )
-            sums += chunk_sums
-            if needs_dh:
-                dh[rows] = (gradient @ student_weight).to(dh.dtype)
-            if needs_dw:
-                dw.addmm_(gradient.T, hidden)
-
-        ctx.save_for_backward(dh, None if dw is None else dw.to(student_lm_head_weight.dtype))
-        loss, cross_entropy, divergence = sums.unbind()
-        ctx.mark_non_differentiable(cross_entropy, divergence)
-        return loss.clone(), cross_entropy, divergence
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        dh, dw = ctx.saved_tensors
-        return (
-            None if dh is None else dh * grad_loss.to(dh.dtype),
-            None if dw is None else dw * grad_loss.to(dw.dtype),
-            *(None,) * 6,
-        )
-
-
-def _check_inputs(
-    student_hidden_states: Tensor,
-    student_lm_head_weight: Tensor,
-    teacher_hidden_states: Tensor | None,
-    teacher_lm_head_weight: Tensor | None,
-    labels: Tensor,
-    token_weights: Tensor | None,
-    options: DistillOptions,
-) -> None:
-    """Raise ValueError for anything that could only give a wrong number later."""
-    check_hidden_and_weight(student_hidden_states, student_lm_head_weight, who="student")
-    num_tokens, vocab_size = student_hidden_states.shape[0], student_lm_head_weight.shape[0]
-    if (teacher_hidden_states is None) != (teacher_lm_head_weight is None):
-        raise ValueError("expected teacher_hidden_states and teacher_lm_head_weight together, or neither with alpha=0")
-    if teacher_hidden_states is None and options.alpha > 0.0:
-        raise ValueError(f"alpha={options.alpha} gives the divergence a share: teacher tensors are needed (or alpha=0)")
-    if teacher_hidden_states is not None:
-        check_hidden_and_weight(teacher_hidden_states, teacher_lm_head_weight, who="teacher")
-        if teacher_hidden_states.shape[0] != num_tokens:
-            raise ValueError(
-                f"teacher_hidden_states hold {teacher_hidden_states.shape[0]} tokens, student_hidden_states "
-                f"{num_tokens}: expected one teacher row per student row, aligned by answer position"
-            )
-        if teacher_lm_head_weight.shape[0] != vocab_size:
-            raise ValueError(
-                f"teacher vocabulary {teacher_lm_head_weight.shape[0]} differs from the student's {vocab_size}: check "
-                "that the tokenizers agree, then pass the shared rows of both weights (weight[:shared])"
-            )
-    check_same_device(
-        student_hidden_states=student_hidden_states,
-        student_lm_head_weight=student_lm_head_weight,
-        teacher_hidden_states=teacher_hidden_states,
-        teacher_lm_head_weight=teacher_lm_head_weight,
-        labels=labels,
-        token_weights=token_weights,
-    )
-    check_labels(labels, num_tokens=num_tokens, vocab_size=vocab_size, ignore_index=options.ignore_index)
-    if token_weights is not None:
-        check_token_weights(token_weights, num_tokens=num_tokens)
+def _check_execution(plan: str, reduction: str, chunk_size: int | None, chunk_bytes: int | None, num_items) -> None:
+    if plan not in PLANS:
+        raise ValueError(f"plan: expected one of {', '.join(PLANS)}, got {plan!r}")
+    check_reduction(reduction, num_items)
+    if plan == "tokens" and reduction == "none":
+        raise ValueError('plan="tokens" makes its gradient for a scalar loss: per-token losses need plan="vocab"')
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    if chunk_bytes is not None and chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes: expected a positive number of bytes, got {chunk_bytes}")
 
 
 def fused_linear_distillation(
@@ -212,15 +73,15 @@ def fused_linear_distillation(
     teacher_lm_head_weight: Tensor | None,  # [vocab_size, teacher_hidden_size]
     labels: Tensor,  # [num_tokens]
     *,
-    alpha: float = 0.5,
-    divergence: str = "forward_kl",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    temperature_squared: bool = True,
-    token_weights: Tensor | None = None,
+    student_lm_head_bias: Tensor | None = None,  # [vocab_size]
+    teacher_lm_head_bias: Tensor | None = None,  # [vocab_size]
+    token_weights: Tensor | None = None,  # [num_tokens]
     num_items_in_batch: Tensor | float | None = None,
-    ignore_index: int = -100,
+    reduction: str = "mean",
+    plan: str = "auto",
     chunk_size: int | None = None,
+    chunk_bytes: int | None = None,
+    **options: Any,
 ) -> LinearDistillationOutput:
     """(1 - alpha) cross-entropy + alpha divergence of a student head against a teacher head, without whole logits.
 
@@ -232,63 +93,67 @@ def fused_linear_distillation(
         teacher_lm_head_weight: [vocab_size, teacher_hidden_size]. None with ``alpha`` 0.
         labels: [num_tokens] int64 in [0, vocab_size) or ``ignore_index``, whose rows enter neither term. With
             ``alpha`` 1 they serve as this mask only.
-        alpha: share of the divergence, 0 to 1.
-        divergence: "forward_kl", "reverse_kl" or "jsd".
-        beta: weight of the teacher in the JSD mixture; 0 is the forward and 1 the reverse KL.
-        temperature: divides both models' logits in the divergence, never in the cross-entropy.
-        temperature_squared: multiply the divergence by temperature^2, which keeps its gradient's scale.
-        token_weights: [num_tokens] floating, 1 for all when None.
+        student_lm_head_bias, teacher_lm_head_bias: [vocab_size]; the student's is differentiable.
+        token_weights: [num_tokens] floating, 1 for all when None; never receives a gradient.
         num_items_in_batch: what the weighted sum is divided by, a number or a scalar tensor: the whole optimizer
             step's sum of weights when micro-batches or ranks share it. None: this call's own sum of weights.
-        ignore_index: label of a row to leave out.
-        chunk_size: rows per chunk; None takes as many as 256 MiB of working memory hold.
+        reduction: "mean" (over ``num_items_in_batch``), "sum", or "none" for [num_tokens] differentiable losses.
+        plan: "auto", "tokens" or "vocab"; see the module.
+        chunk_size: rows (plan ``tokens``) or vocabulary entries (plan ``vocab``) at a time.
+        chunk_bytes: working memory of a chunk where ``chunk_size`` is None; by default 2.5 GiB on a GPU, but no more
+            than a sixteenth of its memory, and 64 MiB on a CPU.
+        **options: any field of ``DistillOptions``: alpha, divergence, beta, skew, temperature, temperature_squared,
+            logit scales and soft caps of both models, ignore_index.
 
     Returns:
-        Loss and its two terms in nats per item, and the denominator. Nothing supervised gives 0 and zero gradients.
+        Loss, its two terms, the denominator and every token's terms. Nothing supervised gives 0 and zero gradients.
 
     Raises:
         ValueError: a shape, dtype, device, vocabulary or range that does not fit, with what to do.
+        TypeError: a keyword that is no option.
     """
-    options = DistillOptions(
-        alpha=alpha,
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
-        temperature_squared=temperature_squared,
-        ignore_index=ignore_index,
-        chunk_size=chunk_size,
-    )
-    _check_inputs(
+    settings = DistillOptions(**options)
+    _check_execution(plan, reduction, chunk_size, chunk_bytes, num_items_in_batch)
+    check_distillation_inputs(
         student_hidden_states,
         student_lm_head_weight,
         teacher_hidden_states,
         teacher_lm_head_weight,
         labels,
-        token_weights,
-        options,
+        student_lm_head_bias=student_lm_head_bias,
+        teacher_lm_head_bias=teacher_lm_head_bias,
+        token_weights=token_weights,
+        options=settings,
     )
-    dtype = _compute_dtype(student_hidden_states, student_lm_head_weight)
-    supervised = (labels != ignore_index).to(dtype)
-    weights = supervised if token_weights is None else supervised * token_weights.detach().to(dtype)
-    if num_items_in_batch is None:
-        num_items = weights.sum()
-    else:
-        num_items = torch.as_tensor(num_items_in_batch, dtype=dtype, device=weights.device)
-    weights = torch.where(num_items == 0, 0.0, weights / num_items)  # no items: loss and gradients are 0, not NaN
-    if alpha == 0.0:
-        teacher_hidden_states = teacher_lm_head_weight = None
-    with torch.autocast(student_hidden_states.device.type, enabled=False):
-        loss, cross_entropy, value = LinearDistillationFunction.apply(
-            student_hidden_states,
-            student_lm_head_weight,
-            teacher_hidden_states,
-            teacher_lm_head_weight,
-            labels,
-            weights,
-            options,
-            torch.is_grad_enabled(),
-        )
-    return LinearDistillationOutput(loss, cross_entropy, value, num_items.detach())
+    if settings.alpha == 0.0:
+        teacher_hidden_states = teacher_lm_head_weight = teacher_lm_head_bias = None
+    dtype = torch.float64 if student_hidden_states.dtype == torch.float64 else torch.float32
+    weights, num_items = weights_and_items(
+        labels, token_weights, num_items_in_batch, reduction, ignore_index=settings.ignore_index, dtype=dtype
+    )
+    grad_enabled = torch.is_grad_enabled()
+    student = (student_hidden_states, student_lm_head_weight, student_lm_head_bias)
+    arguments = (
+        *student,
+        teacher_hidden_states,
+        teacher_lm_head_weight,
+        teacher_lm_head_bias,
+        labels,
+        weights,
+        settings.encode(),
+        chunk_size,
+        chunk_bytes,
+        _autocast_dtype(labels.device),
+        *(tensor is not None and tensor.requires_grad and grad_enabled for tensor in student),
+    )
+    vocab_size, num_tokens = student_lm_head_weight.shape[0], labels.shape[0]
+    if _choose_plan(plan, reduction, vocab_size, num_tokens, chunk_bytes, weights) == "tokens":
+        loss, stacked, *_ = linear_distill_tokens(*arguments)
+        reported = reduced_output(TokenTerms(*stacked.unbind()), weights, num_items, settings, reduction)
+        return reported._replace(loss=loss)
+    cross_entropy, divergence, others, _ = linear_distill_vocab(*arguments)
+    terms = TokenTerms(cross_entropy, divergence, *others.unbind())
+    return reduced_output(terms, weights, num_items, settings, reduction)
 
 
 class FusedLinearDistillation(nn.Module):
@@ -304,24 +169,16 @@ class FusedLinearDistillation(nn.Module):
     def __init__(
         self,
         *,
-        alpha: float = 0.5,
-        divergence: str = "forward_kl",
-        beta: float = 0.5,
-        temperature: float = 1.0,
-        temperature_squared: bool = True,
-        ignore_index: int = -100,
+        reduction: str = "mean",
+        plan: str = "auto",
         chunk_size: int | None = None,
+        chunk_bytes: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.options = DistillOptions(
-            alpha=alpha,
-            divergence=divergence,
-            beta=beta,
-            temperature=temperature,
-            temperature_squared=temperature_squared,
-            ignore_index=ignore_index,
-            chunk_size=chunk_size,
-        )
+        _check_execution(plan, reduction, chunk_size, chunk_bytes, None)
+        self.options = DistillOptions(**options)
+        self.execution = dict(reduction=reduction, plan=plan, chunk_size=chunk_size, chunk_bytes=chunk_bytes)
 
     def forward(
         self,
@@ -331,6 +188,8 @@ class FusedLinearDistillation(nn.Module):
         teacher_lm_head_weight: Tensor | None,
         labels: Tensor,
         *,
+        student_lm_head_bias: Tensor | None = None,
+        teacher_lm_head_bias: Tensor | None = None,
         token_weights: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
     ) -> LinearDistillationOutput:
@@ -341,10 +200,13 @@ class FusedLinearDistillation(nn.Module):
             teacher_hidden_states,
             teacher_lm_head_weight,
             labels,
+            student_lm_head_bias=student_lm_head_bias,
+            teacher_lm_head_bias=teacher_lm_head_bias,
             token_weights=token_weights,
             num_items_in_batch=num_items_in_batch,
+            **self.execution,
             **vars(self.options),
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in vars(self.options).items())
+        return ", ".join(f"{name}={value!r}" for name, value in (self.execution | vars(self.options)).items())

@@ -6,12 +6,15 @@ With student logits z, teacher logits y, label l, temperature T, q = softmax(z /
 
 with D one of
 
-    forward_kl   KL(p || q) = sum_v p (ln p - ln q)
-    reverse_kl   KL(q || p) = sum_v q (ln q - ln p)
-    jsd          beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q                          (2)
+    forward_kl       KL(p || q) = sum_v p (ln p - ln q)
+    reverse_kl       KL(q || p) = sum_v q (ln q - ln p)
+    jsd              beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q                      (2)
+    skew_kl          KL(p || m),  m = skew p + (1 - skew) q
+    skew_reverse_kl  KL(q || m),  m = (1 - skew) p + skew q
 
-beta = 0 stands for the forward and beta = 1 for the reverse KL (the convention of GKD, arXiv 2306.13649, and TRL).
-Memory: a few [num_tokens, vocab_size] tensors, so callers hand over chunks of rows.
+beta = 0 stands for the forward and beta = 1 for the reverse KL (the convention of GKD, arXiv 2306.13649, and TRL). The
+skew divergences are DistiLLM's (arXiv 2402.03898). Logits may hold -inf: a token impossible for both models counts
+nothing. Memory: a few [num_tokens, vocab_size] tensors, so callers hand over chunks of rows.
 """
 
 import math
@@ -20,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+from trsd_kernels.options import DIVERGENCES, LogitTransform
 
 
 class DistillationRows(NamedTuple):
@@ -35,10 +38,28 @@ def lift(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def transform_logits(logits: Tensor, transform: LogitTransform) -> Tensor:
+    """softcap * tanh(scale * logits / softcap); without a softcap, scale * logits."""
+    logits = lift(logits) * transform.scale
+    if transform.softcap is None:
+        return logits
+    return transform.softcap * torch.tanh(logits / transform.softcap)
+
+
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) over the last dimension from log-probabilities; a term with p = 0 counts 0."""
     log_ratio = torch.where(log_p == -math.inf, torch.zeros_like(log_p), log_p - log_q)
     return (log_p.exp() * log_ratio).sum(-1)
+
+
+def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """ln(share p + (1 - share) q), share strictly between 0 and 1."""
+    # A token impossible for both has no finite gradient inside logaddexp; it is masked out of every term anyway.
+    possible = (log_p > -math.inf) | (log_q > -math.inf)
+    mixed = torch.logaddexp(
+        torch.where(possible, log_p, 0.0) + math.log(share), torch.where(possible, log_q, 0.0) + math.log1p(-share)
+    )
+    return torch.where(possible, mixed, -math.inf)
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
@@ -47,27 +68,27 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
         return kl_divergence(log_p, log_q)
     if beta == 1.0:
         return kl_divergence(log_q, log_p)
-    # A token impossible for both has no finite gradient inside logaddexp; it is masked out of both terms anyway.
-    possible = (log_p > -math.inf) | (log_q > -math.inf)
-    mixed = torch.logaddexp(
-        torch.where(possible, log_p, 0.0) + math.log(beta), torch.where(possible, log_q, 0.0) + math.log1p(-beta)
-    )
-    log_m = torch.where(possible, mixed, -math.inf)
+    log_m = log_mixture(log_p, log_q, beta)
     return beta * kl_divergence(log_p, log_m) + (1.0 - beta) * kl_divergence(log_q, log_m)
 
 
-def token_divergence(
-    student_logits: Tensor, teacher_logits: Tensor, *, divergence: str, beta: float, temperature: float
-) -> Tensor:
-    """D(p, q) per token at ``temperature`` (without kappa), nats, [num_tokens]."""
-    log_q = torch.log_softmax(lift(student_logits) / temperature, dim=-1)
-    log_p = torch.log_softmax(lift(teacher_logits) / temperature, dim=-1)
+def skew_divergence(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
+    """KL(p || skew p + (1 - skew) q) from log-probabilities."""
+    return kl_divergence(log_p, log_q if skew == 0.0 else log_mixture(log_p, log_q, skew))
+
+
+def divergence_of(log_p: Tensor, log_q: Tensor, *, divergence: str, beta: float = 0.5, skew: float = 0.1) -> Tensor:
+    """D(p, q) over the last dimension from the teacher's and the student's log-probabilities, nats."""
     if divergence == "forward_kl":
         return kl_divergence(log_p, log_q)
     if divergence == "reverse_kl":
         return kl_divergence(log_q, log_p)
     if divergence == "jsd":
         return jensen_shannon(log_p, log_q, beta)
+    if divergence == "skew_kl":
+        return skew_divergence(log_p, log_q, skew)
+    if divergence == "skew_reverse_kl":
+        return skew_divergence(log_q, log_p, skew)
     raise ValueError(f"divergence: expected one of {DIVERGENCES}, got {divergence!r}")
 
 
@@ -78,8 +99,11 @@ def distillation_rows(
     *,
     alpha: float,
     divergence: str,
-    beta: float,
-    temperature: float,
+    beta: float = 0.5,
+    skew: float = 0.1,
+    temperature: float = 1.0,
+    student_transform: LogitTransform = LogitTransform(),  # noqa: B008, an immutable tuple
+    teacher_transform: LogitTransform = LogitTransform(),  # noqa: B008
 ) -> DistillationRows:
     """Cross-entropy and divergence of each row.
 
@@ -88,17 +112,18 @@ def distillation_rows(
         teacher_logits: like ``student_logits``; None (with ``alpha`` 0) leaves the divergence at 0.
         labels: [num_tokens] int64, none of them ignored.
         alpha: the term whose share is 0 is not computed and reads 0.
-        divergence, beta, temperature: see the module's equations.
+        divergence, beta, skew, temperature: see the module's equations.
+        student_transform, teacher_transform: scale and soft cap applied to each model's logits first.
 
     Returns:
         The two terms, differentiable with respect to ``student_logits``.
     """
-    zeros = student_logits.new_zeros(student_logits.shape[0], dtype=lift(student_logits[:0]).dtype)
-    cross_entropy, value = zeros, zeros
+    student_logits = transform_logits(student_logits, student_transform)
+    cross_entropy = value = student_logits.new_zeros(student_logits.shape[0])
     if alpha < 1.0:
-        cross_entropy = torch.nn.functional.cross_entropy(lift(student_logits), labels, reduction="none")
+        cross_entropy = torch.nn.functional.cross_entropy(student_logits, labels, reduction="none")
     if alpha > 0.0:
-        value = token_divergence(
-            student_logits, teacher_logits, divergence=divergence, beta=beta, temperature=temperature
-        )
+        log_q = torch.log_softmax(student_logits / temperature, dim=-1)
+        log_p = torch.log_softmax(transform_logits(teacher_logits, teacher_transform) / temperature, dim=-1)
+        value = divergence_of(log_p, log_q, divergence=divergence, beta=beta, skew=skew)
     return DistillationRows(cross_entropy, value)

@@ -1,0 +1,307 @@
+"""The two plans as dispatcher ops, so that torch.compile, checkpointing and autocast see one opaque call each.
+
+``trsd::linear_distill_tokens`` makes its gradients in the forward, for a scalar loss. ``trsd::linear_distill_vocab``
+gives differentiable per-token terms; its backward is an op of its own. Options travel as ``DistillOptions.encode()``;
+which gradients are wanted is explicit. A gradient not wanted is an empty tensor. Neither supports a second derivative,
+and both say so.
+"""
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from trsd_kernels.options import DistillOptions
+from trsd_kernels.products import Head, accumulator_dtype, product_dtype, rows_class, scatter_rows, supervised_rows
+from trsd_kernels.row_state import NUM_FIELDS, TokenTerms, finish
+from trsd_kernels.token_plan import Needs, gradient_dtype, run_token_plan
+from trsd_kernels.vocab_plan import VocabSweep
+
+CUDA_CHUNK_BYTES = 5 * 2**29  # 2,048 rows of two fp32 logits over Qwen3's vocabulary, rounded up
+CPU_CHUNK_BYTES = 2**26
+ROWS_MULTIPLE = 128
+# A captured CUDA graph cannot hold the one wait for the number of supervised rows.
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
+
+def chunk_length(other: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None) -> int:
+    """How many rows (of ``other`` entries), or entries (of ``other`` rows), fit ``chunk_bytes`` of working memory."""
+    if chunk_bytes is None:
+        chunk_bytes = CPU_CHUNK_BYTES
+        if device.type == "cuda":
+            chunk_bytes = min(CUDA_CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 16)
+    tensors = rows_class(device, dtype).live_tensors
+    length = chunk_bytes // (tensors * dtype.itemsize * max(1, other))
+    return max(1, length - length % ROWS_MULTIPLE if length > ROWS_MULTIPLE else length)
+
+
+def _operand_dtypes(
+    student_hidden_states: Tensor,
+    student_weight: Tensor,
+    teacher_hidden_states: Tensor | None,
+    teacher_weight: Tensor | None,
+    autocast_dtype: torch.dtype | None,
+) -> dict[str, torch.dtype]:
+    """Product dtypes of both models; fp64 on one side never lowers the other."""
+    student = product_dtype(student_hidden_states, student_weight, autocast_dtype)
+    teacher = student
+    if teacher_hidden_states is not None:
+        teacher = product_dtype(teacher_hidden_states, teacher_weight, autocast_dtype)
+    return {"student_dtype": student, "teacher_dtype": teacher}
+
+
+def _teacher_head(hidden_states: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Head | None:
+    return None if hidden_states is None else Head(hidden_states, weight, bias)
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if tensor is None else tensor
+
+
+def _empty_gradients(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous tensors of the shapes and dtypes the ops return."""
+    tensors = (hidden_states, weight, bias)
+    return tuple(
+        hidden_states.new_empty(tensor.shape, dtype=gradient_dtype(tensor.dtype))
+        if need
+        else hidden_states.new_empty(0)
+        for tensor, need in zip(tensors, needs, strict=True)
+    )
+
+
+def refuse_second_derivative() -> None:
+    """Raise inside a backward that is itself recorded."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a fused distillation loss has no second derivative: call backward without create_graph, or compute the "
+            "loss from whole logits with trsd_kernels.reference"
+        )
+
+
+@custom_op("trsd::linear_distill_tokens", mutates_args=(), tags=_TAGS)
+def linear_distill_tokens(
+    student_hidden_states: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden_states: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    encoded_options: str,
+    chunk_size: int | None,
+    chunk_bytes: int | None,
+    autocast_dtype: torch.dtype | None,
+    needs_hidden_states: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, TokenTerms [5, num_tokens], dh, dw, db); ``weights`` are divided by the number of items already."""
+    options = DistillOptions.decode(encoded_options)
+    dtypes = _operand_dtypes(
+        student_hidden_states, student_weight, teacher_hidden_states, teacher_weight, autocast_dtype
+    )
+    vocab_size, state_dtype = student_weight.shape[0], accumulator_dtype(dtypes["student_dtype"])
+    rows = supervised_rows(labels, weights, vocab_size=vocab_size, ignore_index=options.ignore_index)
+    with torch.autocast(labels.device.type, enabled=False):
+        result = run_token_plan(
+            Head(student_hidden_states, student_weight, student_bias),
+            _teacher_head(teacher_hidden_states, teacher_weight, teacher_bias),
+            labels,
+            weights,
+            rows,
+            options,
+            Needs(needs_hidden_states, needs_weight, needs_bias),
+            chunk=chunk_size or chunk_length(vocab_size, state_dtype, labels.device, chunk_bytes),
+            **dtypes,
+        )
+    gradients = (result.grad_hidden_states, result.grad_weight, result.grad_bias)
+    return result.loss, result.terms, *(_or_empty(gradient, student_hidden_states) for gradient in gradients)
+
+
+@linear_distill_tokens.register_fake
+def _(student_hidden_states, student_weight, student_bias, *rest):
+    labels, weights, needs = rest[3], rest[4], Needs(*rest[-3:])
+    terms = weights.new_empty(len(TokenTerms._fields), labels.shape[0])
+    return weights.new_empty(()), terms, *_empty_gradients(student_hidden_states, student_weight, student_bias, needs)
+
+
+def _tokens_setup(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[2:])
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
+    ctx.needs, ctx.num_inputs = inputs[-3:], len(inputs)
+
+
+def _tokens_backward(ctx, grad_loss, *_):
+    refuse_second_derivative()
+    gradients = [
+        (gradient * grad_loss.to(gradient.dtype)).to(dtype) if need and grad_loss is not None else None
+        for gradient, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
+    ]
+    return *gradients, *[None] * (ctx.num_inputs - 3)
+
+
+linear_distill_tokens.register_autograd(_tokens_backward, setup_context=_tokens_setup)
+
+
+def _sweep(
+    student_hidden_states: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden_states: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    encoded_options: str,
+    chunk_size: int | None,
+    chunk_bytes: int | None,
+    autocast_dtype: torch.dtype | None,
+) -> tuple[VocabSweep, Tensor | None]:
+    """The sweep over the supervised rows, and which rows those are."""
+    options = DistillOptions.decode(encoded_options)
+    dtypes = _operand_dtypes(
+        student_hidden_states, student_weight, teacher_hidden_states, teacher_weight, autocast_dtype
+    )
+    rows = supervised_rows(labels, weights, vocab_size=student_weight.shape[0], ignore_index=options.ignore_index)
+    student = Head(student_hidden_states, student_weight, student_bias)
+    teacher = _teacher_head(teacher_hidden_states, teacher_weight, teacher_bias)
+    if rows is not None:
+        student, teacher, labels = student.on_rows(rows), teacher and teacher.on_rows(rows), labels[rows]
+    chunk = chunk_size or chunk_length(
+        len(labels), accumulator_dtype(dtypes["student_dtype"]), labels.device, chunk_bytes
+    )
+    return VocabSweep(student, teacher, labels, options, chunk=chunk, **dtypes), rows
+
+
+@custom_op("trsd::linear_distill_vocab", mutates_args=(), tags=_TAGS)
+def linear_distill_vocab(
+    student_hidden_states: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden_states: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    encoded_options: str,
+    chunk_size: int | None,
+    chunk_bytes: int | None,
+    autocast_dtype: torch.dtype | None,
+    needs_hidden_states: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(cross-entropy [num_tokens], divergence [num_tokens], the other TokenTerms [3, num_tokens], state)."""
+    with torch.autocast(labels.device.type, enabled=False):
+        sweep, rows = _sweep(
+            student_hidden_states,
+            student_weight,
+            student_bias,
+            teacher_hidden_states,
+            teacher_weight,
+            teacher_bias,
+            labels,
+            weights,
+            encoded_options,
+            chunk_size,
+            chunk_bytes,
+            autocast_dtype,
+        )
+        state = sweep.state()
+        sweep.add_mixture(state)
+    terms = scatter_rows(torch.stack(finish(state, sweep.options)), rows, len(labels))
+    return terms[0].clone(), terms[1].clone(), terms[2:].clone(), scatter_rows(state, rows, len(labels))
+
+
+@linear_distill_vocab.register_fake
+def _(student_hidden_states, student_weight, student_bias, *rest):
+    num_tokens, weights = rest[3].shape[0], rest[4]
+    others = weights.new_empty(len(TokenTerms._fields) - 2, num_tokens)
+    state = weights.new_empty(NUM_FIELDS, num_tokens)
+    return weights.new_empty(num_tokens), weights.new_empty(num_tokens), others, state
+
+
+@custom_op("trsd::linear_distill_vocab_backward", mutates_args=(), tags=_TAGS)
+def linear_distill_vocab_backward(
+    grad_terms: Tensor,
+    state: Tensor,
+    student_hidden_states: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden_states: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    encoded_options: str,
+    chunk_size: int | None,
+    chunk_bytes: int | None,
+    autocast_dtype: torch.dtype | None,
+    needs_hidden_states: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dh, dw, db) for upstream gradients ``grad_terms`` [2, num_tokens] of cross-entropy and divergence."""
+    with torch.autocast(labels.device.type, enabled=False):
+        sweep, rows = _sweep(
+            student_hidden_states,
+            student_weight,
+            student_bias,
+            teacher_hidden_states,
+            teacher_weight,
+            teacher_bias,
+            labels,
+            weights,
+            encoded_options,
+            chunk_size,
+            chunk_bytes,
+            autocast_dtype,
+        )
+        if rows is not None:
+            grad_terms, state = grad_terms[:, rows], state[:, rows]
+        needs = Needs(needs_hidden_states, needs_weight, needs_bias)
+        gradients = sweep.gradients(state.contiguous(), grad_terms.to(state.dtype), needs)
+    dh = gradients.hidden_states
+    if dh is not None:
+        dh = dh.to(gradient_dtype(student_hidden_states.dtype))
+        if rows is not None:
+            full = dh.new_zeros(student_hidden_states.shape)
+            full[rows] = dh
+            dh = full
+    return tuple(_or_empty(gradient, student_hidden_states) for gradient in (dh, gradients.weight, gradients.bias))
+
+
+@linear_distill_vocab_backward.register_fake
+def _(grad_terms, state, student_hidden_states, student_weight, student_bias, *rest):
+    return _empty_gradients(student_hidden_states, student_weight, student_bias, Needs(*rest[-3:]))
+
+
+def _vocab_setup(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[2:])
+    tensors, ctx.rest = inputs[:8], inputs[8:]
+    ctx.present = [tensor is not None for tensor in tensors]
+    ctx.save_for_backward(output[3], *(tensor for tensor in tensors if tensor is not None))
+
+
+def _vocab_backward(ctx, grad_cross_entropy, grad_divergence, *_):
+    refuse_second_derivative()
+    nothing = [None] * (len(ctx.present) + len(ctx.rest))
+    if grad_cross_entropy is None and grad_divergence is None:
+        return tuple(nothing)
+    state, *saved = ctx.saved_tensors
+    saved = iter(saved)
+    tensors = [next(saved) if present else None for present in ctx.present]
+    zeros = torch.zeros_like(state[0])
+    grads = torch.stack([zeros if grad is None else grad for grad in (grad_cross_entropy, grad_divergence)])
+    gradients = linear_distill_vocab_backward(grads, state, *tensors, *ctx.rest)
+    for place, (gradient, need) in enumerate(zip(gradients, ctx.rest[-3:], strict=True)):
+        nothing[place] = gradient.to(tensors[place].dtype) if need else None
+    return tuple(nothing)
+
+
+linear_distill_vocab.register_autograd(_vocab_backward, setup_context=_vocab_setup)

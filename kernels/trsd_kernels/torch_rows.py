@@ -1,0 +1,243 @@
+"""The row passes of ``row_state.py`` in plain torch: what runs on a CPU, in fp64, or where Triton is missing.
+
+One ``TorchRows`` holds the logits of some rows over some part of the vocabulary, [C, V'], and answers three calls:
+``accumulate`` and ``accumulate_mixture`` merge them into a state, ``gradient`` turns the student's logits into
+dloss/dlogits in place. Memory with the two inputs: at most ``live_tensors`` tensors of [C, V'].
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from trsd_kernels.options import MIXTURES, DistillOptions, LogitTransform
+from trsd_kernels.row_state import (
+    LABEL_LOGIT,
+    PLAIN_MAX,
+    PLAIN_SUM,
+    SLOPE,
+    STUDENT_GAP,
+    STUDENT_MAX,
+    STUDENT_MEAN,
+    STUDENT_SUM,
+    STUDENT_TOP,
+    TEACHER_AT_TOP,
+    TEACHER_GAP,
+    TEACHER_MAX,
+    TEACHER_MEAN,
+    TEACHER_SUM,
+    TEACHER_TOP,
+    VALUE,
+    divergence_of_state,
+    log_normalizers,
+    rescale,
+)
+
+
+def _transform_(logits: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    """The head's bias, scale and soft cap, in place."""
+    if bias is not None:
+        logits += bias
+    if transform.scale != 1.0:
+        logits *= transform.scale
+    if transform.softcap is not None:
+        logits.div_(transform.softcap).tanh_().mul_(transform.softcap)
+    return logits
+
+
+def _expectation(weights: Tensor, values: Tensor, masked: bool) -> Tensor:
+    """sum_v weights * values over the last dimension, where an impossible token (weight 0) counts nothing."""
+    if masked:
+        values = torch.where(weights == 0, 0.0, values)
+    return torch.linalg.vecdot(weights, values)
+
+
+def _mixture_logs(log_p: Tensor, log_q: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(x = ln p/q, t = e^-|x|, ln of m / max(p, q)) for m = share p + (1 - share) q.
+
+    Ratios, not differences of logarithms: where one model is certain, tokens of equal ratio get equal slopes exactly.
+    """
+    gap = log_p - log_q
+    ratio = torch.exp(-gap.abs())
+    larger = torch.where(gap > 0, share + (1.0 - share) * ratio, (1.0 - share) + share * ratio)
+    return gap, ratio, larger.log_()
+
+
+def _mixture_value(log_p: Tensor, log_q: Tensor, kind: str, share: float) -> Tensor:
+    """Each token's term of D."""
+    gap, _, log_larger = _mixture_logs(log_p, log_q, share)
+    p, q = log_p.exp(), log_q.exp()
+    # "== 0", never "> 0": a NaN must pass through.
+    from_p = torch.where(p == 0, 0.0, p * (gap.clamp(max=0.0) - log_larger))  # p ln(p / m)
+    if kind == "skew_kl":
+        return from_p
+    from_q = torch.where(q == 0, 0.0, q * (-gap.clamp(min=0.0) - log_larger))  # q ln(q / m)
+    return from_q if kind == "skew_reverse_kl" else share * from_p + (1.0 - share) * from_q
+
+
+def _mixture_slope(log_p: Tensor, log_q: Tensor, kind: str, share: float) -> Tensor:
+    """d = dD/dq of each token; 0 where q is 0 exactly."""
+    gap, ratio, log_larger = _mixture_logs(log_p, log_q, share)
+    if kind == "skew_kl":
+        slope = (share - 1.0) * torch.where(gap > 0, 1.0, ratio) / log_larger.exp_()
+    elif kind == "jsd":
+        slope = (1.0 - share) * (-gap.clamp(min=0.0) - log_larger)
+    else:
+        slope = -gap.clamp(min=0.0) - log_larger + 1.0
+        slope -= (1.0 - share) * torch.where(gap > 0, ratio, 1.0) / log_larger.exp_()
+    return torch.where(log_q == -math.inf, 0.0, slope)
+
+
+class TorchRows:
+    """Logits of C rows over ``[vocab_start, vocab_start + V')``; both tensors are taken over as scratch.
+
+    Args:
+        student_logits: [C, V'] products of hidden states and weights, fp32 or fp64.
+        teacher_logits: like ``student_logits``, or None.
+        labels: [C] int64, ids over the whole vocabulary.
+        student_bias, teacher_bias: [V'] or None.
+        masked: whether a logit may be -inf; None looks.
+    """
+
+    live_tensors = 6
+
+    def __init__(
+        self,
+        options: DistillOptions,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        vocab_start: int = 0,
+        masked: bool | None = None,
+    ) -> None:
+        self.options = options
+        self.vocab_start = vocab_start
+        self.labels = labels - vocab_start
+        self.student = _transform_(student_logits, student_bias, options.student_transform)
+        self.teacher = teacher_logits
+        if teacher_logits is not None:
+            _transform_(teacher_logits, teacher_bias, options.teacher_transform)
+        # Impossible tokens (-inf) cost masked passes; a model without them does not pay for it.
+        self.masked = masked
+        if masked is None:
+            self.masked = any(bool((x == -math.inf).any()) for x in (self.student, self.teacher) if x is not None)
+
+    def _place(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """([C, 1] a valid column for each row's token, [C] whether the token lies in this part of the vocabulary)."""
+        last = self.student.shape[1] - 1
+        return tokens.clamp(0, last)[:, None], (tokens >= 0) & (tokens <= last)
+
+    def _at_temperature(self, logits: Tensor) -> Tensor:
+        temperature = self.options.temperature
+        return logits if temperature == 1.0 or self.options.alpha == 0.0 else logits / temperature
+
+    def accumulate(self, state: Tensor) -> None:
+        """Merge these logits into ``state`` [NUM_FIELDS, C]: every field but the mixture's."""
+        scaled = self._at_temperature(self.student)
+        teacher = None if self.teacher is None else self._at_temperature(self.teacher)
+        self._merge(state, (STUDENT_MAX, STUDENT_SUM, STUDENT_GAP, STUDENT_MEAN, STUDENT_TOP), scaled, teacher)
+        if teacher is not None:
+            self._merge(state, (TEACHER_MAX, TEACHER_SUM, TEACHER_GAP, TEACHER_MEAN, TEACHER_TOP), teacher, scaled)
+        if self.options.alpha == 1.0:
+            return
+        if scaled is not self.student:
+            maximum = torch.maximum(state[PLAIN_MAX], self.student.amax(1))
+            rescale(state, PLAIN_MAX, maximum)
+            state[PLAIN_SUM] += torch.exp(self.student - _finite(maximum)[:, None]).sum(1)
+        place, here = self._place(self.labels)
+        state[LABEL_LOGIT] = torch.where(here, self.student.gather(1, place)[:, 0], state[LABEL_LOGIT])
+
+    def _merge(self, state: Tensor, fields: tuple[int, ...], own: Tensor, other: Tensor | None) -> None:
+        """Merge one model's maximum, sums and top token."""
+        max_field, sum_field, gap_field, mean_field, top_field = fields
+        highest, top = own.max(1)
+        higher = highest > state[max_field]
+        state[top_field] = torch.where(higher, (top + self.vocab_start).to(state.dtype), state[top_field])
+        if top_field == STUDENT_TOP and self.options.kind in MIXTURES:
+            state[TEACHER_AT_TOP] = torch.where(higher, other.gather(1, top[:, None])[:, 0], state[TEACHER_AT_TOP])
+        maximum = torch.maximum(state[max_field], highest)
+        rescale(state, max_field, maximum)
+        weights = torch.exp(own - _finite(maximum)[:, None])
+        state[sum_field] += weights.sum(1)
+        state[mean_field] += _expectation(weights, own, self.masked)
+        wanted = {"forward_kl": TEACHER_GAP, "reverse_kl": STUDENT_GAP}.get(self.options.kind)
+        if gap_field == wanted:
+            state[gap_field] += _expectation(weights, own - other, self.masked)
+
+    def accumulate_mixture(self, state: Tensor) -> None:
+        """Add these logits' share of D and M to ``state``, whose normalisers are complete."""
+        if self.options.kind not in MIXTURES:
+            return
+        log_p, log_q = self._log_probabilities(state)
+        kind, share = self.options.kind, self.options.teacher_share
+        state[VALUE] += _mixture_value(log_p, log_q, kind, share).sum(1)
+        slope = _mixture_slope(log_p, log_q, kind, share)
+        state[SLOPE] += torch.linalg.vecdot(log_q.exp(), self._slope_from_top_(slope, state))
+
+    def _slope_from_top_(self, slope: Tensor, state: Tensor) -> Tensor:
+        """The slope minus its value at the student's top token, in place; exactly 0 there, whatever was rounded."""
+        student, teacher, _ = log_normalizers(state, self.options)
+        log_p, log_q = state[TEACHER_AT_TOP] - teacher, state[STUDENT_MAX] - student
+        slope -= _mixture_slope(log_p[:, None], log_q[:, None], self.options.kind, self.options.teacher_share)
+        place, here = self._place(state[STUDENT_TOP].long() - self.vocab_start)
+        return slope.scatter_(1, place, torch.where(here[:, None], 0.0, slope.gather(1, place)))
+
+    def _log_probabilities(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        student, teacher, _ = log_normalizers(state, self.options)
+        log_q = self._at_temperature(self.student) - student[:, None]
+        return self._at_temperature(self.teacher) - teacher[:, None], log_q
+
+    def gradient(self, state: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """dloss/dlogits [C, V'] in ``dtype``, before the bias; the logits are gone afterwards.
+
+        Args:
+            state: complete, [NUM_FIELDS, C].
+            weights: [2, C]: what each row's cross-entropy and divergence count in the loss.
+        """
+        options, transform = self.options, self.options.student_transform
+        slope_of_cap = None
+        if transform.softcap is not None:
+            slope_of_cap = 1.0 - (self.student / transform.softcap).square_()
+        plain = None
+        if options.alpha < 1.0:
+            plain = torch.exp(self.student - log_normalizers(state, options)[2][:, None]).mul_(weights[0][:, None])
+            place, here = self._place(self.labels)
+            plain.scatter_add_(1, place, torch.where(here, -weights[0], 0.0)[:, None])
+        gradient = plain if options.kind == "none" else self._divergence_gradient(state, weights[1])
+        if plain is not None and gradient is not plain:
+            gradient += plain
+        if slope_of_cap is not None:
+            gradient *= slope_of_cap
+        if transform.scale != 1.0:
+            gradient *= transform.scale
+        # A row that weighs nothing passes nothing on, whatever its logits are.
+        return gradient.masked_fill_((weights == 0).all(0)[:, None], 0.0).to(dtype)
+
+    def _divergence_gradient(self, state: Tensor, weights: Tensor) -> Tensor:
+        """weights / T * q (d - M)."""
+        options = self.options
+        weights = (weights / options.temperature)[:, None]
+        student, teacher, _ = log_normalizers(state, options)
+        if options.temperature != 1.0:
+            self.student.div_(options.temperature)
+            self.teacher.div_(options.temperature)
+        log_q, log_p = self.student.sub_(student[:, None]), self.teacher.sub_(teacher[:, None])
+        if options.kind == "forward_kl":
+            return log_q.exp_().sub_(log_p.exp_()).mul_(weights)
+        q = log_q.exp()
+        if options.kind == "reverse_kl":
+            slope = log_q.sub_(log_p).sub_(divergence_of_state(state, options)[:, None])
+            if self.masked:
+                slope = torch.where(q == 0, 0.0, slope)
+        else:
+            slope = _mixture_slope(log_p, log_q, options.kind, options.teacher_share)
+            slope = self._slope_from_top_(slope, state).sub_(state[SLOPE][:, None])
+        return q.mul_(slope).mul_(weights)
+
+
+def _finite(maximum: Tensor) -> Tensor:
+    """A maximum to subtract: where every token is impossible, 0, so that the sums stay 0 instead of NaN."""
+    return torch.where(maximum == -math.inf, 0.0, maximum)

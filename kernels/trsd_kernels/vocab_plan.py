@@ -1,0 +1,117 @@
+"""Plan ``vocab``: all supervised rows against a chunk of the vocabulary; online statistics, recompute in backward.
+
+The forward keeps only the state of ``row_state.py``, so per-token losses are differentiable and a head may be spread
+over the vocabulary (``vocab_parallel.py``). Backward repeats the logits: N V (8 H_s + 4 H_t) flops with a trained
+head; divergences from a mixture sweep the vocabulary twice in the forward, N V (2 H_s + 2 H_t) more. A weight's
+gradient is one product per chunk, so it needs no fp32 copy of the whole.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trsd_kernels.options import MIXTURES, DistillOptions
+from trsd_kernels.products import (
+    GradientScale,
+    Head,
+    accumulator_dtype,
+    add_product_,
+    product,
+    rows_class,
+)
+from trsd_kernels.row_state import new_state
+from trsd_kernels.token_plan import Needs, gradient_dtype, row_chunks
+from trsd_kernels.torch_rows import TorchRows
+
+
+class VocabSweep:
+    """The rows of both models, met with one chunk of the vocabulary after another.
+
+    Args:
+        student, teacher: supervised rows only; the teacher is None with ``alpha`` 0.
+        labels: [num_rows] ids over the whole vocabulary.
+        chunk: vocabulary entries at a time.
+        vocab_start: the id of the heads' first row (not 0 when they are a shard).
+    """
+
+    def __init__(
+        self,
+        student: Head,
+        teacher: Head | None,
+        labels: Tensor,
+        options: DistillOptions,
+        *,
+        chunk: int,
+        student_dtype: torch.dtype,
+        teacher_dtype: torch.dtype,
+        vocab_start: int = 0,
+    ) -> None:
+        self.labels, self.options, self.chunk, self.vocab_start = labels.contiguous(), options, chunk, vocab_start
+        self.dtype, self.teacher_dtype = student_dtype, teacher_dtype
+        self.state_dtype = accumulator_dtype(student_dtype)
+        # Hidden states once; weights chunk by chunk, so that a cast never copies a whole head.
+        self.student = student._replace(hidden_states=student.hidden_states.detach().to(student_dtype))
+        self.teacher = teacher and teacher._replace(hidden_states=teacher.hidden_states.detach().to(teacher_dtype))
+        self.rows_class = rows_class(labels.device, self.state_dtype)
+
+    def _logits(self, part: slice) -> TorchRows:
+        student = self.student.on_vocab(part).ready(self.dtype)
+        teacher = self.teacher and self.teacher.on_vocab(part).ready(self.teacher_dtype)
+        return self.rows_class(
+            self.options,
+            student.logits(),
+            teacher and teacher.logits().to(self.state_dtype),
+            self.labels,
+            student_bias=student.bias,
+            teacher_bias=teacher and teacher.bias,
+            vocab_start=self.vocab_start + part.start,
+        )
+
+    def _parts(self):
+        return row_chunks(self.student.weight.shape[0], self.chunk)
+
+    def state(self, merge: Callable[[Tensor], None] | None = None) -> Tensor:
+        """The complete state [NUM_FIELDS, num_rows]; ``merge`` completes a shard's state with the others', in place."""
+        state = new_state(len(self.labels), dtype=self.state_dtype, device=self.labels.device)
+        for part in self._parts():
+            self._logits(part).accumulate(state)
+        if merge is not None:
+            merge(state)
+        return state
+
+    def add_mixture(self, state: Tensor) -> None:
+        """Fill in VALUE and SLOPE of a state whose normalisers are complete."""
+        if self.options.kind in MIXTURES:
+            for part in self._parts():
+                self._logits(part).accumulate_mixture(state)
+
+    def gradients(self, state: Tensor, weights: Tensor, needs: Needs) -> "VocabGradients":
+        """Gradients for ``weights`` [2, num_rows]: upstream factors of each row's cross-entropy and divergence."""
+        scale = GradientScale.of(weights, self.dtype)
+        hidden, head = self.student.hidden_states, self.student
+        dh = torch.zeros_like(hidden, dtype=self.state_dtype) if needs.hidden_states else None
+        dw = torch.empty_like(head.weight, dtype=gradient_dtype(head.weight.dtype)) if needs.weight else None
+        db = torch.empty_like(head.bias, dtype=gradient_dtype(head.bias.dtype)) if needs.bias else None
+
+        def unscaled(total: Tensor) -> Tensor:
+            return total if scale.undo is None else total * scale.undo
+
+        for part in self._parts():
+            gradient = self._logits(part).gradient(state, scale.weights, self.dtype)  # [num_rows, V']
+            if needs.hidden_states:
+                add_product_(dh, gradient, head.weight[part].detach().to(self.dtype))
+            if needs.weight:
+                dw[part] = unscaled(product(gradient.T, hidden))
+            if needs.bias:
+                db[part] = unscaled(gradient.sum(0, dtype=self.state_dtype))
+        return VocabGradients(None if dh is None else unscaled(dh), dw, db)
+
+
+class VocabGradients(NamedTuple):
+    """Gradients over the sweep's rows and its part of the vocabulary; None where not asked for."""
+
+    hidden_states: Tensor | None  # [num_rows, hidden_size], fp32 or fp64
+    weight: Tensor | None  # [vocab_size, hidden_size]
+    bias: Tensor | None  # [vocab_size]

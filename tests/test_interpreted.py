@@ -1,0 +1,20 @@
+"""The Triton kernels' numerics without a GPU: their tests run again in the interpreter, in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("name", ["test_linear_distill.py", "test_logits_distill.py"])
+def test_triton_kernels_in_the_interpreter(name):
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-x", "-m", "not gpu", "-p", "no:cacheprovider", str(HERE / name)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, env=environment)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
