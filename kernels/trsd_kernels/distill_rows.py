@@ -17,9 +17,10 @@ from torch import Tensor
 from trsd_kernels import row_state
 from trsd_kernels.options import MIXTURES, DistillOptions
 
-# At 8 warps on sm_90 these compile to at most 125, 64 and 80 registers a thread. The first keeps up to six sums a lane:
-# twice its tile takes 231 registers and leaves one program on a multiprocessor.
-TILES = {"accumulate": 2048, "mixture": 2048, "gradient": 4096}
+# At 8 warps these compile to at most 121 registers a thread on sm_80 to sm_100. Twice the width takes the first, with up
+# to six sums a lane, to 231, which leaves one program on a multiprocessor; with soft caps even this width spills on
+# sm_100, so they halve it.
+TILES = {"accumulate": 2048, "mixture": 2048, "gradient": 2048}
 NUM_WARPS = 8
 
 NONE, FORWARD_KL, REVERSE_KL, JSD, SKEW_KL, SKEW_REVERSE_KL = (tl.constexpr(code) for code in range(6))
@@ -475,9 +476,10 @@ def _gradient_kernel(
         tl.store(out_ptr + offs, gradient.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def tile_width(kernel: str, vocab_size: int) -> int:
+def tile_width(kernel: str, vocab_size: int, options: DistillOptions) -> int:
     """BLOCK_V of a kernel: a power of two, no wider than the row needs."""
-    return min(TILES[kernel], max(16, triton.next_power_of_2(vocab_size)))
+    capped = options.student_transform.softcap is not None or options.teacher_transform.softcap is not None
+    return min(TILES[kernel] // (2 if capped else 1), max(16, triton.next_power_of_2(vocab_size)))
 
 
 class TritonRows:
@@ -549,7 +551,7 @@ class TritonRows:
                 self.vocab_start,
                 *self.scalars,
                 WITH_CE=self.options.alpha < 1.0,
-                BLOCK_V=tile_width("accumulate", vocab_size),
+                BLOCK_V=tile_width("accumulate", vocab_size, self.options),
                 **self.flags,
             )
 
@@ -568,7 +570,7 @@ class TritonRows:
                 self.vocab_start,
                 *self.scalars,
                 self.options.teacher_share,
-                BLOCK_V=tile_width("mixture", vocab_size),
+                BLOCK_V=tile_width("mixture", vocab_size, self.options),
                 **self.flags,
             )
 
@@ -601,7 +603,7 @@ class TritonRows:
                 *self.scalars,
                 self.options.teacher_share,
                 WITH_CE=self.options.alpha < 1.0,
-                BLOCK_V=tile_width("gradient", vocab_size),
+                BLOCK_V=tile_width("gradient", vocab_size, self.options),
                 **self.flags,
             )
         return out
