@@ -17,8 +17,8 @@ from torch import Tensor
 from trsd_kernels import row_state
 from trsd_kernels.options import MIXTURES, DistillOptions
 
-# At 8 warps these compile to at most 121 registers a thread on sm_80 to sm_100. Twice the width takes the first, with up
-# to six sums a lane, to 231, which leaves one program on a multiprocessor; with soft caps even this width spills on
+# At 8 warps these compile to at most 121 registers a thread on sm_80 to sm_100. Twice the width takes the first, with
+# up to six sums a lane, to 231, which leaves one program on a multiprocessor; with soft caps even this width spills on
 # sm_100, so they halve it.
 TILES = {"accumulate": 2048, "mixture": 2048, "gradient": 2048}
 NUM_WARPS = 8
@@ -494,6 +494,11 @@ class TritonRows:
     """
 
     live_tensors = 2
+
+    @staticmethod
+    def scratch_bytes(options: DistillOptions, num_rows: int, vocab_size: int, dtype: torch.dtype) -> int:
+        """None: a row's sums stay in registers."""
+        return 0
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from torch.library import custom_op
 from trsd_kernels.options import DistillOptions
 from trsd_kernels.products import Head, accumulator_dtype, product_dtype, rows_class, scatter_rows, supervised_rows
 from trsd_kernels.row_state import NUM_FIELDS, TokenTerms, finish
-from trsd_kernels.token_plan import Needs, gradient_dtype, run_token_plan
+from trsd_kernels.token_plan import Needs, TokenPlan, gradient_dtype
 from trsd_kernels.vocab_plan import VocabSweep
 
 CUDA_CHUNK_BYTES = 5 * 2**29  # 2,048 rows of two fp32 logits over Qwen3's vocabulary, rounded up
@@ -105,7 +105,7 @@ def linear_distill_tokens(
     vocab_size, state_dtype = student_weight.shape[0], accumulator_dtype(dtypes["student_dtype"])
     rows = supervised_rows(labels, weights, vocab_size=vocab_size, ignore_index=options.ignore_index)
     with torch.autocast(labels.device.type, enabled=False):
-        result = run_token_plan(
+        result = TokenPlan(
             Head(student_hidden_states, student_weight, student_bias),
             _teacher_head(teacher_hidden_states, teacher_weight, teacher_bias),
             labels,
@@ -115,7 +115,7 @@ def linear_distill_tokens(
             Needs(needs_hidden_states, needs_weight, needs_bias),
             chunk=chunk_size or chunk_length(vocab_size, state_dtype, labels.device, chunk_bytes),
             **dtypes,
-        )
+        ).run()
     gradients = (result.grad_hidden_states, result.grad_weight, result.grad_bias)
     return result.loss, result.terms, *(_or_empty(gradient, student_hidden_states) for gradient in gradients)
 

@@ -29,13 +29,14 @@ class Head(NamedTuple):
     def on_vocab(self, part: slice) -> "Head":
         return self._replace(weight=self.weight[part], bias=None if self.bias is None else self.bias[part])
 
-    def ready(self, dtype: torch.dtype) -> "Head":
-        """Operands in the dtype the products run in; no copy where they already are."""
-        return Head(
-            self.hidden_states.detach().to(dtype),
-            self.weight.detach().to(dtype),
-            None if self.bias is None else self.bias.detach().contiguous(),
-        )
+    def cast_weight(self, dtype: torch.dtype) -> "Head":
+        """Weight and bias as the products take them; no copy where they already are."""
+        bias = None if self.bias is None else self.bias.detach().contiguous()
+        return self._replace(weight=self.weight.detach().to(dtype), bias=bias)
+
+    def cast_hidden_states(self, dtype: torch.dtype) -> "Head":
+        """Hidden states as the products take them; no copy where they already are."""
+        return self._replace(hidden_states=self.hidden_states.detach().to(dtype))
 
     def logits(self) -> Tensor:
         """hidden_states @ weight.T without the bias, [num_tokens, vocab_size], fp32 or fp64."""

@@ -1,10 +1,17 @@
 """Plan ``tokens``: a chunk of C rows against the whole vocabulary, the gradient made in the forward, nothing twice.
 
-Products for H_s, H_t: N V (6 H_s + 2 H_t) flops with a trained head, N V (4 H_s + 2 H_t) with a frozen one. Memory in
-bytes beside inputs and outputs: what ``live_bytes`` says.
+Products for H_s, H_t: N V (6 H_s + 2 H_t) flops with a trained head, N V (4 H_s + 2 H_t) with a frozen one. Live bytes
+beside inputs and results, with e bytes an element of the products' operands (4 on a CPU):
+
+    8 C V                    fp32 logits of both models; the gradient lies in the student's (4 C V without a teacher)
+    e C (H_s + H_t)          hidden states of the chunk, where rows are left out or cast
+    4 C H_s                  the chunk's dh before it is rounded
+    4 V H_s                  the head's gradient, where its own dtype is not fp32
+    e V (H_s + H_t)          both heads, where they are cast
+    172 N                    states and terms
+    B                        plain torch only: temporaries of a block of rows (``torch_rows.py``)
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,6 +29,9 @@ from trsd_kernels.products import (
     scatter_rows,
 )
 from trsd_kernels.row_state import finish, new_state
+from trsd_kernels.torch_rows import TorchRows, row_chunks
+
+BYTES_PER_TOKEN = 172  # state 64, terms 40, stacked and scattered copies, weights
 
 
 class Needs(NamedTuple):
@@ -47,86 +57,133 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def row_chunks(num_rows: int, chunk: int) -> Iterator[slice]:
-    """Slices of at most ``chunk``."""
-    return (slice(start, min(start + chunk, num_rows)) for start in range(0, num_rows, chunk))
+class TokenPlan:
+    """One call's loss, per-token terms and gradients over the supervised rows.
 
+    Args:
+        labels: [num_tokens].
+        weights: [num_tokens], already divided by the number of items.
+        rows: the supervised ones; None for all.
+        chunk: C.
+        student_dtype, teacher_dtype: what the operands of the products are cast to.
+    """
 
-def run_token_plan(
-    student: Head,
-    teacher: Head | None,
-    labels: Tensor,  # [num_tokens]
-    weights: Tensor,  # [num_tokens], already divided by the number of items
-    rows: Tensor | None,  # the supervised ones; None for all
-    options: DistillOptions,
-    needs: Needs,
-    *,
-    chunk: int,
-    student_dtype: torch.dtype,
-    teacher_dtype: torch.dtype,
-) -> TokenPlanResult:
-    """Loss, per-token terms and gradients of the supervised rows; see the module."""
-    num_tokens, out_dtypes = len(labels), [gradient_dtype(x.dtype) for x in student[:2]]
-    selected = slice(None) if rows is None else rows
-    labels, weights = labels[selected].contiguous(), weights[selected]
-    scale = GradientScale.of(row_weights(weights, options), student_dtype)
-    state_dtype = accumulator_dtype(student_dtype)
-    state = new_state(len(labels), dtype=state_dtype, device=labels.device)
-    student_head = student.on_rows(slice(0, 0)).ready(student_dtype)
-    teacher_head = None if teacher is None else teacher.on_rows(slice(0, 0)).ready(teacher_dtype)
-    Rows = rows_class(labels.device, state_dtype)
-    vocab_size, hidden_size = student.weight.shape
-    dh = (
-        torch.zeros(num_tokens, hidden_size, dtype=out_dtypes[0], device=labels.device) if needs.hidden_states else None
-    )
-    dw = db = None
-    if needs.bias:
-        db = torch.zeros(vocab_size, dtype=state_dtype, device=labels.device)
-
-    for part in row_chunks(len(labels), chunk):
-        here = part if rows is None else rows[part]
-        hidden = student.hidden_states[here].detach().to(student_dtype)  # [C, H_s]
-        teacher_logits = None
-        if teacher is not None:
-            teacher_logits = product(teacher.hidden_states[here].detach().to(teacher_dtype), teacher_head.weight.T)
-        logits = Rows(
-            options,
-            product(hidden, student_head.weight.T),
-            None if teacher_logits is None else teacher_logits.to(state_dtype),
-            labels[part],
-            student_bias=student_head.bias,
-            teacher_bias=None if teacher_head is None else teacher_head.bias,
+    def __init__(
+        self,
+        student: Head,
+        teacher: Head | None,
+        labels: Tensor,
+        weights: Tensor,
+        rows: Tensor | None,
+        options: DistillOptions,
+        needs: Needs,
+        *,
+        chunk: int,
+        student_dtype: torch.dtype,
+        teacher_dtype: torch.dtype,
+    ) -> None:
+        self.student, self.teacher, self.rows = student, teacher, rows
+        self.options, self.needs, self.chunk = options, needs, chunk
+        self.dtype, self.teacher_dtype, self.state_dtype = (
+            student_dtype,
+            teacher_dtype,
+            accumulator_dtype(student_dtype),
         )
-        del teacher_logits
-        logits.accumulate(state[:, part])
-        logits.accumulate_mixture(state[:, part])
-        if not any(needs):
-            continue
-        gradient = logits.gradient(state[:, part], scale.weights[:, part], student_dtype)  # [C, V]
-        del logits
-        if needs.hidden_states:
-            chunk_dh = product(gradient, student_head.weight)
-            dh[here] = (chunk_dh if scale.undo is None else chunk_dh * scale.undo).to(dh.dtype)
-        if needs.weight:
-            if dw is None:
-                dw = product(gradient.T, hidden)
-            else:
-                add_product_(dw, gradient.T, hidden)
-        if needs.bias:
-            db += gradient.sum(0, dtype=state_dtype)
+        self.num_tokens = len(labels)
+        selected = slice(None) if rows is None else rows
+        self.labels, self.weights = labels[selected].contiguous(), weights[selected]
+        self.rows_class = rows_class(labels.device, self.state_dtype)
 
-    if needs.weight and dw is None:
-        dw = torch.zeros_like(student.weight, dtype=state_dtype)
-    for total in (dw, db):
-        if total is not None and scale.undo is not None:
-            total *= scale.undo
-    terms = finish(state, options)
-    counted = row_weights(weights, options)
-    loss = (counted[0] * terms.cross_entropy).sum() + (counted[1] * terms.divergence).sum()
-    return TokenPlanResult(
-        loss,
-        scatter_rows(torch.stack(terms), rows, num_tokens),
-        dh,
-        None if dw is None else dw.to(out_dtypes[1]),
-        None if db is None else db.to(gradient_dtype(student.bias.dtype)),
-    )
+    def run(self) -> TokenPlanResult:
+        """See the module."""
+        self.student_head = self.student.cast_weight(self.dtype)
+        self.teacher_head = self.teacher and self.teacher.cast_weight(self.teacher_dtype)
+        state = new_state(len(self.labels), dtype=self.state_dtype, device=self.labels.device)
+        scale = GradientScale.of(row_weights(self.weights, self.options), self.dtype)
+        gradients = _Gradients(self.student, self.student_head, self.needs, self.num_tokens, self.state_dtype)
+        for part in row_chunks(len(self.labels), self.chunk):
+            here = part if self.rows is None else self.rows[part]
+            hidden = self.student.hidden_states[here].detach().to(self.dtype)  # [C, H_s]
+            logits = self._logits(part, here, hidden)
+            logits.accumulate(state[:, part])
+            logits.accumulate_mixture(state[:, part])
+            if any(self.needs):
+                gradient = logits.gradient(state[:, part], scale.weights[:, part], self.dtype)  # [C, V]
+                gradients.add(gradient, hidden, here, scale.undo)
+                del gradient
+            del logits  # the next chunk's take their bytes
+        terms = finish(state, self.options)
+        counted = row_weights(self.weights, self.options)
+        loss = (counted[0] * terms.cross_entropy).sum() + (counted[1] * terms.divergence).sum()
+        terms = scatter_rows(torch.stack(terms), self.rows, self.num_tokens)
+        return TokenPlanResult(loss, terms, *gradients.results(scale.undo))
+
+    def _logits(self, part: slice, here: slice | Tensor, hidden: Tensor) -> TorchRows:
+        teacher_logits = None
+        if self.teacher is not None:
+            teacher_hidden = self.teacher.hidden_states[here].detach().to(self.teacher_dtype)  # [C, H_t]
+            teacher_logits = product(teacher_hidden, self.teacher_head.weight.T).to(self.state_dtype)
+        return self.rows_class(
+            self.options,
+            product(hidden, self.student_head.weight.T),
+            teacher_logits,
+            self.labels[part],
+            student_bias=self.student_head.bias,
+            teacher_bias=None if self.teacher is None else self.teacher_head.bias,
+        )
+
+    def live_bytes(self) -> int:
+        """The sum of the module's table for this call."""
+        heads = [(self.student, self.dtype)] + ([(self.teacher, self.teacher_dtype)] if self.teacher else [])
+        vocab_size, hidden_size = self.student.weight.shape
+        chunk, word = min(self.chunk, len(self.labels)), self.state_dtype.itemsize
+        total = len(heads) * word * chunk * vocab_size + BYTES_PER_TOKEN * self.num_tokens
+        for head, dtype in heads:
+            if self.rows is not None or head.hidden_states.dtype != dtype:
+                total += dtype.itemsize * chunk * head.weight.shape[1]
+            if head.weight.dtype != dtype:
+                total += dtype.itemsize * head.weight.numel()
+        if self.needs.hidden_states:
+            total += word * chunk * hidden_size
+        if self.needs.weight and gradient_dtype(self.student.weight.dtype) != self.state_dtype:
+            total += word * vocab_size * hidden_size
+        return total + self.rows_class.scratch_bytes(self.options, chunk, vocab_size, self.state_dtype)
+
+
+class _Gradients:
+    """Sums of the gradients over chunks of rows: dh row by row, dw and db in fp32 (fp64)."""
+
+    def __init__(self, student: Head, ready: Head, needs: Needs, num_tokens: int, state_dtype: torch.dtype) -> None:
+        self.student, self.ready, self.needs, self.state_dtype = student, ready, needs, state_dtype
+        vocab_size, hidden_size = student.weight.shape
+        device = student.weight.device
+        self.dh = self.dw = self.db = None
+        if needs.hidden_states:
+            dtype = gradient_dtype(student.hidden_states.dtype)
+            self.dh = torch.zeros(num_tokens, hidden_size, dtype=dtype, device=device)
+        if needs.bias:
+            self.db = torch.zeros(vocab_size, dtype=state_dtype, device=device)
+
+    def add(self, gradient: Tensor, hidden: Tensor, here: slice | Tensor, undo: Tensor | None) -> None:
+        """Take in one chunk's dloss/dlogits [C, V]; dh is scaled back at once, the sums at the end."""
+        if self.needs.hidden_states:
+            dh = product(gradient, self.ready.weight)
+            self.dh[here] = (dh if undo is None else dh.mul_(undo)).to(self.dh.dtype)
+        if self.needs.weight:
+            if self.dw is None:
+                self.dw = product(gradient.T, hidden)
+            else:
+                add_product_(self.dw, gradient.T, hidden)
+        if self.needs.bias:
+            self.db += gradient.sum(0, dtype=self.state_dtype)
+
+    def results(self, undo: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dh, dw, db) in the dtypes they are handed out in."""
+        if self.needs.weight and self.dw is None:
+            self.dw = torch.zeros_like(self.student.weight, dtype=self.state_dtype)
+        for total in (self.dw, self.db):
+            if total is not None and undo is not None:
+                total *= undo
+        dw = None if self.dw is None else self.dw.to(gradient_dtype(self.student.weight.dtype))
+        db = None if self.db is None else self.db.to(gradient_dtype(self.student.bias.dtype))
+        return self.dh, dw, db

@@ -2,10 +2,11 @@
 
 One ``TorchRows`` holds the logits of some rows over some part of the vocabulary, [C, V'], and answers three calls:
 ``accumulate`` and ``accumulate_mixture`` merge them into a state, ``gradient`` turns the student's logits into
-dloss/dlogits in place. Memory with the two inputs: at most ``live_tensors`` tensors of [C, V'].
+dloss/dlogits in place. Memory beside the two inputs: some tensors of BLOCK_BYTES, or of one row where that is more.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -33,6 +34,14 @@ from trsd_kernels.row_state import (
     rescale,
 )
 
+BLOCK_BYTES = 2**18  # with its temporaries a block stays in a core's second-level cache
+BLOCK_TEMPORARIES, BLOCK_TEMPORARIES_OF_MIXTURES = 7, 13
+
+
+def row_chunks(num_rows: int, chunk: int) -> Iterator[slice]:
+    """Slices of at most ``chunk``."""
+    return (slice(start, min(start + chunk, num_rows)) for start in range(0, num_rows, chunk))
+
 
 def _transform_(logits: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
     """The head's bias, scale and soft cap, in place."""
@@ -52,40 +61,49 @@ def _expectation(weights: Tensor, values: Tensor, masked: bool) -> Tensor:
     return torch.linalg.vecdot(weights, values)
 
 
-def _mixture_logs(log_p: Tensor, log_q: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(x = ln p/q, t = e^-|x|, ln of m / max(p, q)) for m = share p + (1 - share) q.
+class _Mixture:
+    """Terms and slopes against m = share p + (1 - share) q, from the log-probabilities.
 
-    Ratios, not differences of logarithms: where one model is certain, tokens of equal ratio get equal slopes exactly.
+    Made of ratios, not differences of logarithms: where one model is certain, tokens of equal ratio get equal slopes
+    exactly.
     """
-    gap = log_p - log_q
-    ratio = torch.exp(-gap.abs())
-    larger = torch.where(gap > 0, share + (1.0 - share) * ratio, (1.0 - share) + share * ratio)
-    return gap, ratio, larger.log_()
 
+    def __init__(self, log_p: Tensor, log_q: Tensor, options: DistillOptions) -> None:
+        self.kind, self.share = options.kind, options.teacher_share
+        self.log_p, self.log_q = log_p, log_q
+        self.gap = log_p - log_q
+        self.ratio = torch.exp(-self.gap.abs())
+        # m / max(p, q)
+        self.larger = torch.where(
+            self.gap > 0, self.share + (1.0 - self.share) * self.ratio, (1.0 - self.share) + self.share * self.ratio
+        )
+        self.log_larger = self.larger.log()
 
-def _mixture_value(log_p: Tensor, log_q: Tensor, kind: str, share: float) -> Tensor:
-    """Each token's term of D."""
-    gap, _, log_larger = _mixture_logs(log_p, log_q, share)
-    p, q = log_p.exp(), log_q.exp()
-    # "== 0", never "> 0": a NaN must pass through.
-    from_p = torch.where(p == 0, 0.0, p * (gap.clamp(max=0.0) - log_larger))  # p ln(p / m)
-    if kind == "skew_kl":
-        return from_p
-    from_q = torch.where(q == 0, 0.0, q * (-gap.clamp(min=0.0) - log_larger))  # q ln(q / m)
-    return from_q if kind == "skew_reverse_kl" else share * from_p + (1.0 - share) * from_q
+    def value(self) -> Tensor:
+        """D of each row."""
+        # "== 0", never "> 0": a NaN must pass through.
+        total = 0.0
+        if self.kind != "skew_reverse_kl":
+            p = self.log_p.exp()
+            from_p = torch.where(p == 0, 0.0, p * (self.gap.clamp(max=0.0) - self.log_larger))  # p ln(p / m)
+            total = from_p.sum(1) * (self.share if self.kind == "jsd" else 1.0)
+        if self.kind != "skew_kl":
+            q = self.log_q.exp()
+            from_q = torch.where(q == 0, 0.0, q * (-self.gap.clamp(min=0.0) - self.log_larger))  # q ln(q / m)
+            total += from_q.sum(1) * ((1.0 - self.share) if self.kind == "jsd" else 1.0)
+        return total
 
-
-def _mixture_slope(log_p: Tensor, log_q: Tensor, kind: str, share: float) -> Tensor:
-    """d = dD/dq of each token; 0 where q is 0 exactly."""
-    gap, ratio, log_larger = _mixture_logs(log_p, log_q, share)
-    if kind == "skew_kl":
-        slope = (share - 1.0) * torch.where(gap > 0, 1.0, ratio) / log_larger.exp_()
-    elif kind == "jsd":
-        slope = (1.0 - share) * (-gap.clamp(min=0.0) - log_larger)
-    else:
-        slope = -gap.clamp(min=0.0) - log_larger + 1.0
-        slope -= (1.0 - share) * torch.where(gap > 0, ratio, 1.0) / log_larger.exp_()
-    return torch.where(log_q == -math.inf, 0.0, slope)
+    def slope(self) -> Tensor:
+        """d = dD/dq of each token; 0 where q is 0 exactly."""
+        if self.kind == "skew_kl":
+            slope = (self.share - 1.0) * torch.where(self.gap > 0, 1.0, self.ratio) / self.larger
+        else:
+            slope = self.log_larger.add(self.gap.clamp(min=0.0)).neg_()  # ln(q / m)
+            if self.kind == "jsd":
+                slope *= 1.0 - self.share
+            else:
+                slope += 1.0 - (1.0 - self.share) * torch.where(self.gap > 0, self.ratio, 1.0) / self.larger
+        return slope.masked_fill_(self.log_q == -math.inf, 0.0)
 
 
 class TorchRows:
@@ -96,10 +114,18 @@ class TorchRows:
         teacher_logits: like ``student_logits``, or None.
         labels: [C] int64, ids over the whole vocabulary.
         student_bias, teacher_bias: [V'] or None.
-        masked: whether a logit may be -inf; None looks.
+        masked: whether a logit may be -inf. None looks, and works on a few rows at a time; a given answer makes the
+            passes free of control flow, as tracing wants them.
     """
 
-    live_tensors = 6
+    live_tensors = 2
+
+    @staticmethod
+    def scratch_bytes(options: DistillOptions, num_rows: int, vocab_size: int, dtype: torch.dtype) -> int:
+        """Temporaries beside the logits, at most."""
+        row = dtype.itemsize * vocab_size
+        tensors = BLOCK_TEMPORARIES_OF_MIXTURES if options.kind in MIXTURES else BLOCK_TEMPORARIES
+        return tensors * min(max(BLOCK_BYTES, row), num_rows * row)
 
     def __init__(
         self,
@@ -113,17 +139,70 @@ class TorchRows:
         vocab_start: int = 0,
         masked: bool | None = None,
     ) -> None:
-        self.options = options
-        self.vocab_start = vocab_start
-        self.labels = labels - vocab_start
         self.student = _transform_(student_logits, student_bias, options.student_transform)
-        self.teacher = teacher_logits
         if teacher_logits is not None:
             _transform_(teacher_logits, teacher_bias, options.teacher_transform)
-        # Impossible tokens (-inf) cost masked passes; a model without them does not pay for it.
+        num_rows, vocab_size = student_logits.shape
+        length = num_rows
+        if masked is None:
+            length = BLOCK_BYTES // (student_logits.element_size() * vocab_size)
+        self.blocks = [
+            (
+                part,
+                _RowBlock(
+                    options,
+                    self.student[part],
+                    None if teacher_logits is None else teacher_logits[part],
+                    labels[part],
+                    vocab_start,
+                    masked,
+                ),
+            )
+            for part in row_chunks(num_rows, max(1, length))
+        ]
+
+    def accumulate(self, state: Tensor) -> None:
+        """Merge these logits into ``state`` [NUM_FIELDS, C]: every field but the mixture's."""
+        for part, block in self.blocks:
+            block.accumulate(state[:, part])
+
+    def accumulate_mixture(self, state: Tensor) -> None:
+        """Add these logits' share of D and M to ``state``, whose normalisers are complete."""
+        for part, block in self.blocks:
+            block.accumulate_mixture(state[:, part])
+
+    def gradient(self, state: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """dloss/dlogits [C, V'] in ``dtype``, before the bias, in the student's own bytes where the dtypes agree.
+
+        Args:
+            state: complete, [NUM_FIELDS, C].
+            weights: [2, C]: what each row's cross-entropy and divergence count in the loss.
+        """
+        for part, block in self.blocks:
+            gradient = block.gradient(state[:, part], weights[:, part])
+            if gradient is not block.student:
+                block.student.copy_(gradient)
+        return self.student.to(dtype)
+
+
+class _RowBlock:
+    """The passes over a few rows, small enough that their temporaries stay in the processor's cache."""
+
+    def __init__(
+        self,
+        options: DistillOptions,
+        student: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor,
+        vocab_start: int,
+        masked: bool | None,
+    ) -> None:
+        self.options, self.student, self.teacher, self.vocab_start = options, student, teacher, vocab_start
+        self.labels = labels - vocab_start
+        # Impossible tokens (-inf) cost masked passes; rows without them do not pay for it.
         self.masked = masked
         if masked is None:
-            self.masked = any(bool((x == -math.inf).any()) for x in (self.student, self.teacher) if x is not None)
+            self.masked = any(bool((x == -math.inf).any()) for x in (student, teacher) if x is not None)
 
     def _place(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """([C, 1] a valid column for each row's token, [C] whether the token lies in this part of the vocabulary)."""
@@ -135,7 +214,6 @@ class TorchRows:
         return logits if temperature == 1.0 or self.options.alpha == 0.0 else logits / temperature
 
     def accumulate(self, state: Tensor) -> None:
-        """Merge these logits into ``state`` [NUM_FIELDS, C]: every field but the mixture's."""
         scaled = self._at_temperature(self.student)
         teacher = None if self.teacher is None else self._at_temperature(self.teacher)
         self._merge(state, (STUDENT_MAX, STUDENT_SUM, STUDENT_GAP, STUDENT_MEAN, STUDENT_TOP), scaled, teacher)
@@ -168,20 +246,19 @@ class TorchRows:
             state[gap_field] += _expectation(weights, own - other, self.masked)
 
     def accumulate_mixture(self, state: Tensor) -> None:
-        """Add these logits' share of D and M to ``state``, whose normalisers are complete."""
         if self.options.kind not in MIXTURES:
             return
         log_p, log_q = self._log_probabilities(state)
-        kind, share = self.options.kind, self.options.teacher_share
-        state[VALUE] += _mixture_value(log_p, log_q, kind, share).sum(1)
-        slope = _mixture_slope(log_p, log_q, kind, share)
+        mixture = _Mixture(log_p, log_q, self.options)
+        state[VALUE] += mixture.value()
+        slope = mixture.slope()
         state[SLOPE] += torch.linalg.vecdot(log_q.exp(), self._slope_from_top_(slope, state))
 
     def _slope_from_top_(self, slope: Tensor, state: Tensor) -> Tensor:
         """The slope minus its value at the student's top token, in place; exactly 0 there, whatever was rounded."""
         student, teacher, _ = log_normalizers(state, self.options)
         log_p, log_q = state[TEACHER_AT_TOP] - teacher, state[STUDENT_MAX] - student
-        slope -= _mixture_slope(log_p[:, None], log_q[:, None], self.options.kind, self.options.teacher_share)
+        slope -= _Mixture(log_p[:, None], log_q[:, None], self.options).slope()
         place, here = self._place(state[STUDENT_TOP].long() - self.vocab_start)
         return slope.scatter_(1, place, torch.where(here[:, None], 0.0, slope.gather(1, place)))
 
@@ -190,13 +267,7 @@ class TorchRows:
         log_q = self._at_temperature(self.student) - student[:, None]
         return self._at_temperature(self.teacher) - teacher[:, None], log_q
 
-    def gradient(self, state: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-        """dloss/dlogits [C, V'] in ``dtype``, before the bias; the logits are gone afterwards.
-
-        Args:
-            state: complete, [NUM_FIELDS, C].
-            weights: [2, C]: what each row's cross-entropy and divergence count in the loss.
-        """
+    def gradient(self, state: Tensor, weights: Tensor) -> Tensor:
         options, transform = self.options, self.options.student_transform
         slope_of_cap = None
         if transform.softcap is not None:
@@ -214,7 +285,7 @@ class TorchRows:
         if transform.scale != 1.0:
             gradient *= transform.scale
         # A row that weighs nothing passes nothing on, whatever its logits are.
-        return gradient.masked_fill_((weights == 0).all(0)[:, None], 0.0).to(dtype)
+        return gradient.masked_fill_((weights == 0).all(0)[:, None], 0.0)
 
     def _divergence_gradient(self, state: Tensor, weights: Tensor) -> Tensor:
         """weights / T * q (d - M)."""
@@ -233,7 +304,7 @@ class TorchRows:
             if self.masked:
                 slope = torch.where(q == 0, 0.0, slope)
         else:
-            slope = _mixture_slope(log_p, log_q, options.kind, options.teacher_share)
+            slope = _Mixture(log_p, log_q, options).slope()
             slope = self._slope_from_top_(slope, state).sub_(state[SLOPE][:, None])
         return q.mul_(slope).mul_(weights)
 

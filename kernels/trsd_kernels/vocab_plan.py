@@ -3,10 +3,18 @@
 The forward keeps only the state of ``row_state.py``, so per-token losses are differentiable and a head may be spread
 over the vocabulary (``vocab_parallel.py``). Backward repeats the logits: N V (8 H_s + 4 H_t) flops with a trained
 head; divergences from a mixture sweep the vocabulary twice in the forward, N V (2 H_s + 2 H_t) more. A weight's
-gradient is one product per chunk, so it needs no fp32 copy of the whole.
+gradient is one product per chunk, so it needs no fp32 copy of the whole. Live bytes beside inputs and results, for N
+supervised rows and V' entries a chunk, with e bytes an element of the products' operands (4 on a CPU):
+
+    8 N V'                   fp32 logits of both models; the gradient lies in the student's (4 N V' without a teacher)
+    4 N H_s                  the sum of dh
+    e N (H_s + H_t)          hidden states, where rows are left out or cast
+    e V' (H_s + H_t)         the chunk of both heads, where it is cast
+    4 V' H_s                 the chunk of the head's gradient
+    172 N, B                 as in ``token_plan.py``
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,8 +30,8 @@ from trsd_kernels.products import (
     rows_class,
 )
 from trsd_kernels.row_state import new_state
-from trsd_kernels.token_plan import Needs, gradient_dtype, row_chunks
-from trsd_kernels.torch_rows import TorchRows
+from trsd_kernels.token_plan import BYTES_PER_TOKEN, Needs, gradient_dtype
+from trsd_kernels.torch_rows import TorchRows, row_chunks
 
 
 class VocabSweep:
@@ -52,13 +60,13 @@ class VocabSweep:
         self.dtype, self.teacher_dtype = student_dtype, teacher_dtype
         self.state_dtype = accumulator_dtype(student_dtype)
         # Hidden states once; weights chunk by chunk, so that a cast never copies a whole head.
-        self.student = student._replace(hidden_states=student.hidden_states.detach().to(student_dtype))
-        self.teacher = teacher and teacher._replace(hidden_states=teacher.hidden_states.detach().to(teacher_dtype))
+        self.student = student.cast_hidden_states(student_dtype)
+        self.teacher = teacher and teacher.cast_hidden_states(teacher_dtype)
         self.rows_class = rows_class(labels.device, self.state_dtype)
 
     def _logits(self, part: slice) -> TorchRows:
-        student = self.student.on_vocab(part).ready(self.dtype)
-        teacher = self.teacher and self.teacher.on_vocab(part).ready(self.teacher_dtype)
+        student = self.student.on_vocab(part).cast_weight(self.dtype)
+        teacher = self.teacher and self.teacher.on_vocab(part).cast_weight(self.teacher_dtype)
         return self.rows_class(
             self.options,
             student.logits(),
@@ -69,7 +77,22 @@ class VocabSweep:
             vocab_start=self.vocab_start + part.start,
         )
 
-    def _parts(self):
+    def live_bytes(self, needs: Needs, *, gathered: bool) -> int:
+        """The sum of the module's table; ``gathered``: rows were left out."""
+        heads = [(self.student, self.dtype)] + ([(self.teacher, self.teacher_dtype)] if self.teacher else [])
+        vocab_size, hidden_size = self.student.weight.shape
+        num_rows, chunk, word = len(self.labels), min(self.chunk, vocab_size), self.state_dtype.itemsize
+        total = len(heads) * word * num_rows * chunk + BYTES_PER_TOKEN * num_rows
+        for head, dtype in heads:
+            if gathered or head.weight.dtype != dtype:
+                total += dtype.itemsize * num_rows * head.weight.shape[1]
+            if head.weight.dtype != dtype:
+                total += dtype.itemsize * chunk * head.weight.shape[1]
+        total += word * num_rows * hidden_size if needs.hidden_states else 0
+        total += word * chunk * hidden_size if needs.weight else 0
+        return total + self.rows_class.scratch_bytes(self.options, num_rows, chunk, self.state_dtype)
+
+    def _parts(self) -> Iterator[slice]:
         return row_chunks(self.student.weight.shape[0], self.chunk)
 
     def state(self, merge: Callable[[Tensor], None] | None = None) -> Tensor:
@@ -106,6 +129,7 @@ class VocabSweep:
                 dw[part] = unscaled(product(gradient.T, hidden))
             if needs.bias:
                 db[part] = unscaled(gradient.sum(0, dtype=self.state_dtype))
+            del gradient  # its bytes are the next chunk's logits
         return VocabGradients(None if dh is None else unscaled(dh), dw, db)
 
 

@@ -1,0 +1,39 @@
+"""Peak bytes of live tensors on a CPU, exact and repeatable where a process's memory is neither."""
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operations make inside it, from their making until nothing refers to them.
+
+    Inputs made before are not counted, nor is scratch inside a single operation. A custom op is a single operation, so
+    what it is made of must be called directly.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self.largest_numel = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    @property
+    def live(self) -> int:
+        """Bytes of the counted storages that something still refers to."""
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        return sum(size for _, size in self._alive.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self.largest_numel = max(self.largest_numel, storage.nbytes() // tensor.element_size())
+        self.peak = max(self.peak, self.live)
+        return result
