@@ -26,6 +26,7 @@ from distillation_cases import (
 )
 
 from trsd_kernels import FusedLinearDistillation, fused_linear_distillation
+from trsd_kernels.linear_distill import Execution
 
 PLANS = ("tokens", "vocab")
 CHUNK = {"tokens": 7, "vocab": 24}
@@ -418,14 +419,12 @@ def test_non_contiguous_inputs_give_the_same(device, plan):
 
 @not_interpreted
 def test_auto_takes_the_vocabulary_plan_where_rows_would_be_too_few_or_losses_are_wanted():
-    from trsd_kernels.linear_distill import _choose_plan
-
-    like = torch.zeros(1)
-    assert _choose_plan("auto", "mean", 151936, 4096, None, like) == "tokens"
-    assert _choose_plan("auto", "mean", 151936, 4096, 2**26, like) == "vocab"
-    assert _choose_plan("auto", "mean", 151936, 8, 2**26, like) == "tokens"
-    assert _choose_plan("auto", "none", 151936, 4096, None, like) == "vocab"
-    assert _choose_plan("tokens", "mean", 151936, 4096, 2**10, like) == "tokens"
+    tokens, few = torch.zeros(4096), torch.zeros(8)
+    assert Execution().chosen_plan(151936, tokens) == "tokens"
+    assert Execution(chunk_bytes=2**26).chosen_plan(151936, tokens) == "vocab"
+    assert Execution(chunk_bytes=2**26).chosen_plan(151936, few) == "tokens"
+    assert Execution(reduction="none").chosen_plan(151936, tokens) == "vocab"
+    assert Execution(plan="tokens", chunk_bytes=2**10).chosen_plan(151936, tokens) == "tokens"
 
 
 def test_a_second_derivative_is_refused():

@@ -21,7 +21,7 @@ The idea of a gradient made in the forward over chunks of rows: Liger-Kernel, ar
 vocabulary sweep with online statistics: Cut Your Losses, arXiv 2411.09009.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,28 +42,49 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def _choose_plan(plan: str, reduction: str, vocab_size: int, num_tokens: int, chunk_bytes: int | None, like: Tensor):
-    """See ``auto`` in the module's text."""
-    if plan != "auto":
-        return plan
-    if reduction == "none":
-        return "vocab"
-    if chunk_bytes is None:
-        return "tokens"
-    rows = chunk_length(vocab_size, like.dtype, like.device, chunk_bytes)
-    return "tokens" if rows >= min(num_tokens, MIN_ROWS_PER_CHUNK) else "vocab"
+class Inputs(NamedTuple):
+    """The tensors of one call, as ``fused_linear_distillation`` names them."""
+
+    student_hidden_states: Tensor
+    student_lm_head_weight: Tensor
+    teacher_hidden_states: Tensor | None
+    teacher_lm_head_weight: Tensor | None
+    labels: Tensor
+    student_lm_head_bias: Tensor | None
+    teacher_lm_head_bias: Tensor | None
+    token_weights: Tensor | None
 
 
-def _check_execution(plan: str, reduction: str, chunk_size: int | None, chunk_bytes: int | None, num_items) -> None:
-    if plan not in PLANS:
-        raise ValueError(f"plan: expected one of {', '.join(PLANS)}, got {plan!r}")
-    check_reduction(reduction, num_items)
-    if plan == "tokens" and reduction == "none":
-        raise ValueError('plan="tokens" makes its gradient for a scalar loss: per-token losses need plan="vocab"')
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
-    if chunk_bytes is not None and chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes: expected a positive number of bytes, got {chunk_bytes}")
+class Execution(NamedTuple):
+    """How the loss is computed and reduced, which changes no number but the reduction's."""
+
+    reduction: str = "mean"
+    plan: str = "auto"
+    chunk_size: int | None = None
+    chunk_bytes: int | None = None
+
+    def check(self) -> None:
+        """Raise ValueError for what no plan can do."""
+        check_reduction(self.reduction, None)
+        if self.plan not in PLANS:
+            raise ValueError(f"plan: expected one of {', '.join(PLANS)}, got {self.plan!r}")
+        if self.plan == "tokens" and self.reduction == "none":
+            raise ValueError('plan="tokens" makes its gradient for a scalar loss: per-token losses need plan="vocab"')
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"chunk_size: expected at least 1, got {self.chunk_size}")
+        if self.chunk_bytes is not None and self.chunk_bytes < 1:
+            raise ValueError(f"chunk_bytes: expected a positive number of bytes, got {self.chunk_bytes}")
+
+    def chosen_plan(self, vocab_size: int, per_token: Tensor) -> str:
+        """``auto`` of the module's text, for [num_tokens] values in the dtype of the logits."""
+        if self.plan != "auto":
+            return self.plan
+        if self.reduction == "none":
+            return "vocab"
+        if self.chunk_bytes is None:
+            return "tokens"
+        rows = chunk_length(vocab_size, per_token.dtype, per_token.device, self.chunk_bytes)
+        return "tokens" if rows >= min(per_token.shape[0], MIN_ROWS_PER_CHUNK) else "vocab"
 
 
 def fused_linear_distillation(
@@ -113,47 +134,62 @@ def fused_linear_distillation(
         TypeError: a keyword that is no option.
     """
     settings = DistillOptions(**options)
-    _check_execution(plan, reduction, chunk_size, chunk_bytes, num_items_in_batch)
-    check_distillation_inputs(
+    execution = Execution(reduction, plan, chunk_size, chunk_bytes)
+    execution.check()
+    inputs = Inputs(
         student_hidden_states,
         student_lm_head_weight,
         teacher_hidden_states,
         teacher_lm_head_weight,
         labels,
-        student_lm_head_bias=student_lm_head_bias,
-        teacher_lm_head_bias=teacher_lm_head_bias,
-        token_weights=token_weights,
-        options=settings,
+        student_lm_head_bias,
+        teacher_lm_head_bias,
+        token_weights,
     )
-    if settings.alpha == 0.0:
-        teacher_hidden_states = teacher_lm_head_weight = teacher_lm_head_bias = None
-    dtype = torch.float64 if student_hidden_states.dtype == torch.float64 else torch.float32
+    return _distill(inputs, num_items_in_batch, execution, settings, settings.encode())
+
+
+def _distill(
+    inputs: Inputs,
+    num_items_in_batch: Tensor | float | None,
+    execution: Execution,
+    options: DistillOptions,
+    encoded_options: str,
+) -> LinearDistillationOutput:
+    """Check the tensors, choose the plan, call its op, reduce its terms."""
+    check_reduction(execution.reduction, num_items_in_batch)
+    check_distillation_inputs(**inputs._asdict(), options=options)
+    if options.alpha == 0.0:
+        inputs = inputs._replace(teacher_hidden_states=None, teacher_lm_head_weight=None, teacher_lm_head_bias=None)
+    student = (inputs.student_hidden_states, inputs.student_lm_head_weight, inputs.student_lm_head_bias)
     weights, num_items = weights_and_items(
-        labels, token_weights, num_items_in_batch, reduction, ignore_index=settings.ignore_index, dtype=dtype
+        inputs.labels,
+        inputs.token_weights,
+        num_items_in_batch,
+        execution.reduction,
+        ignore_index=options.ignore_index,
+        dtype=torch.float64 if torch.float64 in (student[0].dtype, student[1].dtype) else torch.float32,
     )
-    grad_enabled = torch.is_grad_enabled()
-    student = (student_hidden_states, student_lm_head_weight, student_lm_head_bias)
     arguments = (
         *student,
-        teacher_hidden_states,
-        teacher_lm_head_weight,
-        teacher_lm_head_bias,
-        labels,
+        inputs.teacher_hidden_states,
+        inputs.teacher_lm_head_weight,
+        inputs.teacher_lm_head_bias,
+        inputs.labels,
         weights,
-        settings.encode(),
-        chunk_size,
-        chunk_bytes,
-        _autocast_dtype(labels.device),
-        *(tensor is not None and tensor.requires_grad and grad_enabled for tensor in student),
+        encoded_options,
+        execution.chunk_size,
+        execution.chunk_bytes,
+        _autocast_dtype(inputs.labels.device),
+        *(tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in student),
     )
-    vocab_size, num_tokens = student_lm_head_weight.shape[0], labels.shape[0]
-    if _choose_plan(plan, reduction, vocab_size, num_tokens, chunk_bytes, weights) == "tokens":
+    if execution.chosen_plan(student[1].shape[0], weights) == "tokens":
         loss, stacked, *_ = linear_distill_tokens(*arguments)
-        reported = reduced_output(TokenTerms(*stacked.unbind()), weights, num_items, settings, reduction)
-        return reported._replace(loss=loss)
+        terms = TokenTerms(*stacked.unbind())
+        return reduced_output(terms, weights, num_items, options, execution.reduction)._replace(loss=loss)
     cross_entropy, divergence, others, _ = linear_distill_vocab(*arguments)
     terms = TokenTerms(cross_entropy, divergence, *others.unbind())
-    return reduced_output(terms, weights, num_items, settings, reduction)
+    return reduced_output(terms, weights, num_items, options, execution.reduction)
 
 
 class FusedLinearDistillation(nn.Module):
@@ -176,9 +212,10 @@ class FusedLinearDistillation(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        _check_execution(plan, reduction, chunk_size, chunk_bytes, None)
         self.options = DistillOptions(**options)
-        self.execution = dict(reduction=reduction, plan=plan, chunk_size=chunk_size, chunk_bytes=chunk_bytes)
+        self.execution = Execution(reduction, plan, chunk_size, chunk_bytes)
+        self.execution.check()
+        self._encoded_options = self.options.encode()
 
     def forward(
         self,
@@ -194,19 +231,17 @@ class FusedLinearDistillation(nn.Module):
         num_items_in_batch: Tensor | float | None = None,
     ) -> LinearDistillationOutput:
         """See ``fused_linear_distillation``."""
-        return fused_linear_distillation(
+        inputs = Inputs(
             student_hidden_states,
             student_lm_head_weight,
             teacher_hidden_states,
             teacher_lm_head_weight,
             labels,
-            student_lm_head_bias=student_lm_head_bias,
-            teacher_lm_head_bias=teacher_lm_head_bias,
-            token_weights=token_weights,
-            num_items_in_batch=num_items_in_batch,
-            **self.execution,
-            **vars(self.options),
+            student_lm_head_bias,
+            teacher_lm_head_bias,
+            token_weights,
         )
+        return _distill(inputs, num_items_in_batch, self.execution, self.options, self._encoded_options)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in (self.execution | vars(self.options)).items())
+        return ", ".join(f"{name}={value!r}" for name, value in (self.execution._asdict() | vars(self.options)).items())

@@ -1,8 +1,7 @@
 """Everything about a distillation loss that is not a tensor, checked once and handed around as one value."""
 
-import ast
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -45,6 +44,8 @@ class DistillOptions:
     """Label of a row that enters neither term."""
 
     def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "skew", "temperature", "student_logit_scale", "teacher_logit_scale"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha: expected the divergence's share in [0, 1], got {self.alpha}")
         if self.divergence not in DIVERGENCES:
@@ -56,22 +57,27 @@ class DistillOptions:
         if not 0.0 < self.temperature < math.inf:
             raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
         for name in ("student_logit_scale", "teacher_logit_scale"):
-            if not math.isfinite(getattr(self, name)):
+            if not -math.inf < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)}")
         for name in ("student_logit_softcap", "teacher_logit_softcap"):
             softcap = getattr(self, name)
             if softcap is not None and not 0.0 < softcap < math.inf:
                 raise ValueError(f"{name}: expected a positive number, or None for no cap, got {softcap}")
+            object.__setattr__(self, name, None if softcap is None else float(softcap))
 
     def encode(self) -> str:
         """These options as one string, the only form in which a dispatcher op and torch.compile carry them whole."""
-        return "{" + ", ".join([f"{name!r}: {value!r}" for name, value in self.__dict__.items()]) + "}"
+        # hex() is exact, and makes a compiled graph take a float it holds symbolically for the number it is.
+        return ";".join(
+            [f"{name}={value.hex() if isinstance(value, float) else value}" for name, value in self.__dict__.items()]
+        )
 
     @staticmethod
     @lru_cache(maxsize=64)
     def decode(encoded: str) -> "DistillOptions":
         """The options that ``encode`` wrote."""
-        return DistillOptions(**ast.literal_eval(encoded))
+        texts = dict(part.split("=") for part in encoded.split(";"))
+        return DistillOptions(**{field.name: _value(field.type, texts[field.name]) for field in fields(DistillOptions)})
 
     @property
     def divergence_scale(self) -> float:
@@ -103,3 +109,14 @@ class DistillOptions:
         if self.kind == "jsd":
             return self.beta
         return self.skew if self.kind == "skew_kl" else 1.0 - self.skew
+
+
+def _value(kind: object, text: str) -> object:
+    """One field from its text."""
+    if text == "None":
+        return None
+    if kind is bool:
+        return text == "True"
+    if kind in (int, str):
+        return kind(text)
+    return float.fromhex(text)
