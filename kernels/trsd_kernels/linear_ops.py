@@ -34,7 +34,7 @@ def chunk_length(other: int, dtype: torch.dtype, device: torch.device, chunk_byt
     return max(1, length - length % ROWS_MULTIPLE if length > ROWS_MULTIPLE else length)
 
 
-def _operand_dtypes(
+def operand_dtypes(
     student_hidden_states: Tensor,
     student_weight: Tensor,
     teacher_hidden_states: Tensor | None,
@@ -99,7 +99,7 @@ def linear_distill_tokens(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, TokenTerms [5, num_tokens], dh, dw, db); ``weights`` are divided by the number of items already."""
     options = DistillOptions.decode(encoded_options)
-    dtypes = _operand_dtypes(
+    dtypes = operand_dtypes(
         student_hidden_states, student_weight, teacher_hidden_states, teacher_weight, autocast_dtype
     )
     vocab_size, state_dtype = student_weight.shape[0], accumulator_dtype(dtypes["student_dtype"])
@@ -163,7 +163,7 @@ def _sweep(
 ) -> tuple[VocabSweep, Tensor | None]:
     """The sweep over the supervised rows, and which rows those are."""
     options = DistillOptions.decode(encoded_options)
-    dtypes = _operand_dtypes(
+    dtypes = operand_dtypes(
         student_hidden_states, student_weight, teacher_hidden_states, teacher_weight, autocast_dtype
     )
     rows = supervised_rows(labels, weights, vocab_size=student_weight.shape[0], ignore_index=options.ignore_index)

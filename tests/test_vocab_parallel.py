@@ -1,0 +1,125 @@
+"""Heads sharded over two and three processes against one process that holds them whole."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from distillation_cases import DIVERGENCES, FP32_BOUND, REGIMES, make_case, relative_error
+
+from trsd_kernels import fused_linear_distillation
+from trsd_kernels.vocab_parallel import _packed, _unpacked, vocab_parallel_distillation
+
+VOCAB = 61
+CUTS = {2: (0, 20, VOCAB), 3: (0, 7, 40, VOCAB)}
+CASES = [
+    dict(divergence=divergence, regime=regime, temperature=temperature, dtype=dtype)
+    for divergence in DIVERGENCES
+    for regime in REGIMES
+    for temperature, dtype in ((1.0, torch.float32), (2.0, torch.float64))
+]
+
+
+def build(case):
+    return make_case(23, VOCAB, dtype=case["dtype"], regime=case["regime"], bias=True, ignored=[4])
+
+
+def options_of(case):
+    return dict(divergence=case["divergence"], temperature=case["temperature"], student_logit_softcap=20.0)
+
+
+def shard_of(tensors, rank, world_size):
+    part = slice(*CUTS[world_size][rank : rank + 2])
+    return {
+        name: tensor[part].detach().clone().requires_grad_(tensor.requires_grad) if "lm_head" in name else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def run_cases(rank, world_size, folder):
+    results = []
+    for case in CASES:
+        tensors = shard_of(build(case).tensors(), rank, world_size)
+        out = vocab_parallel_distillation(**tensors, chunk_size=5, **options_of(case))
+        out.loss.backward()
+        grads = {name: tensor.grad for name, tensor in tensors.items() if tensor.requires_grad}
+        results.append((out.loss.detach(), out.per_token, grads))
+    losses = vocab_parallel_distillation(**shard_of(build(CASES[0]).tensors(), rank, world_size), reduction="none").loss
+    torch.save((results, losses.detach()), folder / f"{rank}.pt")
+
+
+def run_refusals(rank, world_size, folder):
+    tensors = shard_of(build(CASES[0]).tensors(), rank, world_size)
+    messages = []
+    for changed in (
+        dict(token_weights=torch.ones(3)) if rank == 1 else {},  # one rank's inputs are wrong
+        dict(labels=(tensors["labels"] + rank).clamp(max=VOCAB - 1)),  # other labels on every rank
+        dict(labels=torch.full((23,), VOCAB)),
+    ):
+        try:
+            vocab_parallel_distillation(**tensors | changed)
+        except ValueError as error:
+            messages.append(str(error))
+    torch.save(messages, folder / f"{rank}.pt")
+
+
+def start(rank, world_size, port, folder, work):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    work(rank, world_size, folder)
+    dist.destroy_process_group()
+
+
+def spawn(world_size, folder, work):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(start, args=(world_size, port, folder, work), nprocs=world_size)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_sharded_heads_give_the_single_process_result(world_size, tmp_path):
+    ranks = spawn(world_size, tmp_path, run_cases)
+    for index, case in enumerate(CASES):
+        whole = build(case)
+        out = fused_linear_distillation(**whole.tensors(), **options_of(case))
+        out.loss.backward()
+        exact = case["dtype"] == torch.float64
+        # A term is a difference of logits of up to 40, whose fp32 neighbours are 4e-6 apart.
+        tolerance = {} if exact else dict(rtol=1e-5, atol=2e-5)
+        for results, _ in ranks:
+            loss, terms, grads = results[index]
+            torch.testing.assert_close(loss, out.loss.detach(), **tolerance)
+            for got, wanted in zip(terms, out.per_token, strict=True):
+                torch.testing.assert_close(got, wanted, **tolerance)
+            wanted = whole.student_hidden_states.grad.double()
+            assert relative_error(grads["student_hidden_states"], wanted) <= (1e-12 if exact else FP32_BOUND), case
+        for name in ("student_lm_head_weight", "student_lm_head_bias"):
+            together = torch.cat([results[index][2][name] for results, _ in ranks])
+            error = relative_error(together, getattr(whole, name).grad.double())
+            assert error <= (1e-12 if exact else FP32_BOUND), (case, name)
+    alone = fused_linear_distillation(**build(CASES[0]).tensors(), reduction="none").loss.detach()
+    for _, losses in ranks:
+        torch.testing.assert_close(losses, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_what_one_rank_refuses_every_rank_raises(tmp_path):
+    first, second = spawn(2, tmp_path, run_refusals)
+    assert len(first) == len(second) == 3
+    assert "rank 1 of the group refused" in first[0] and "token_weights" in second[0]
+    assert "same tokens and labels" in first[1] and "same tokens and labels" in second[1]
+    assert f"outside [0, {VOCAB})" in first[2]
+
+
+def test_packed_maxima_keep_their_order_and_their_lowest_token():
+    numbers = torch.tensor([-torch.inf, -3.5, -1e-30, 0.0, 1e-30, 2.0, 1e30, torch.inf])
+    ids = torch.arange(8) * 1000
+    keys = _packed(numbers, ids)
+    assert (keys.diff() > 0).all()
+    maxima, tops = _unpacked(keys)
+    assert torch.equal(maxima, numbers) and torch.equal(tops, ids)
+    assert _packed(torch.tensor(2.0), torch.tensor(3)) > _packed(torch.tensor(2.0), torch.tensor(4))
