@@ -7,7 +7,7 @@ triton = pytest.importorskip("triton")
 
 from ahead_of_time import SHARED_MEMORY_LIMIT, compile_for  # noqa: E402
 
-from trsd_kernels import DistillOptions, distill_rows  # noqa: E402
+from trsd_kernels import DistillOptions, distill_rows, triton_rows  # noqa: E402
 
 MAX_REGISTERS = 128  # two programs of 8 warps fill a multiprocessor's 65,536
 ARGUMENTS = dict(
@@ -32,7 +32,7 @@ FLAGS = [
     "HAS_TEACHER_SOFTCAP",
 ]
 KINDS = {
-    "accumulate": ["none", "forward_kl", "reverse_kl", "jsd"],
+    "accumulate": ["none", "forward_kl", "reverse_kl", "jsd", "softmax"],
     "mixture": ["jsd", "skew_kl", "skew_reverse_kl"],
     "gradient": list(distill_rows.KINDS),
 }
@@ -55,7 +55,7 @@ def test_kernels_compile_without_spills(name, capability, logits, out):
     for kind in KINDS[name]:
         for everything in (False, True):
             options = DistillOptions(student_logit_softcap=30.0 if everything else None)
-            width = distill_rows.tile_width(name, 151936, options)
+            width = triton_rows.tile_width(name, 151936, options)
             constants = dict.fromkeys(FLAGS, everything) | dict(
                 KIND=distill_rows.KINDS[kind], WITH_CE=True, BLOCK_V=width
             )
@@ -65,7 +65,7 @@ def test_kernels_compile_without_spills(name, capability, logits, out):
                 capability,
                 dict(ARGUMENTS, student_ptr=logits, teacher_ptr=logits, out_ptr=out),
                 {key: value for key, value in constants.items() if key in kernel.arg_names},
-                num_warps=distill_rows.NUM_WARPS,
+                num_warps=triton_rows.NUM_WARPS,
             )
             print(f"sm_{capability} {name} {kind}{' with everything' if everything else ''}: {compiled}")
             assert compiled.stack_bytes == compiled.spill_bytes == 0
@@ -74,12 +74,12 @@ def test_kernels_compile_without_spills(name, capability, logits, out):
 
 
 def test_a_spill_is_seen():
-    constants = dict.fromkeys(FLAGS, True) | dict(KIND=1, WITH_CE=True, BLOCK_V=8 * distill_rows.TILES["accumulate"])
+    constants = dict.fromkeys(FLAGS, True) | dict(KIND=1, WITH_CE=True, BLOCK_V=8 * triton_rows.TILES["accumulate"])
     compiled = compile_for(
         distill_rows._accumulate_kernel,
         90,
         dict(ARGUMENTS, student_ptr=torch.float32, teacher_ptr=torch.float32),
         constants,
-        num_warps=distill_rows.NUM_WARPS,
+        num_warps=triton_rows.NUM_WARPS,
     )
     assert compiled.spill_bytes > 0

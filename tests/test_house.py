@@ -52,7 +52,11 @@ def test_the_trainer_imports_without_its_optional_packages():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "trsd").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for folder in ("trsd", "kernels", "bench") for path in (ROOT / folder).rglob("*.py")),
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
 def test_files_stay_short_and_say_what_they_are(path):
     assert len(path.read_text().splitlines()) <= 500
     assert ast.get_docstring(ast.parse(path.read_text()))

@@ -147,7 +147,9 @@ def test_softcap_and_scale_of_both_models(device, plan, divergence):
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_tokens_impossible_for_a_model_are_left_out(device, plan, divergence):
+@pytest.mark.parametrize("softcap", [None, 9.0])
+def test_tokens_impossible_for_a_model_are_left_out(device, plan, divergence, softcap):
+    options = dict(divergence=divergence, student_logit_softcap=softcap, teacher_logit_softcap=softcap)
     case = make_case(dtype=torch.float32, bias=True)
     with torch.no_grad():
         case.student_lm_head_bias[40:] = -torch.inf  # both models: a padded vocabulary
@@ -157,9 +159,9 @@ def test_tokens_impossible_for_a_model_are_left_out(device, plan, divergence):
     case.labels %= 40
     case = case.on(device)
     exact = case.double()
-    expected = exact_loss(exact, divergence=divergence)
+    expected = exact_loss(exact, **options)
     expected.backward()
-    out = backward(case, divergence=divergence, plan=plan, chunk_size=CHUNK[plan])
+    out = backward(case, plan=plan, chunk_size=CHUNK[plan], **options)
     assert abs(out.loss.item() - expected.item()) <= 1e-5
     assert (case.student_lm_head_bias.grad[40:] == 0).all()
     for name, error in gradient_errors(case, exact).items():

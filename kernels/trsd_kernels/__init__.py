@@ -6,17 +6,31 @@ from trsd_kernels.logits_distill import fused_distillation
 from trsd_kernels.options import DistillOptions
 from trsd_kernels.reduction import LinearDistillationOutput
 from trsd_kernels.row_state import TokenTerms
+from trsd_kernels.teacher_targets import (
+    TeacherVectors,
+    TopKTargets,
+    distill_from_top_k,
+    distill_from_vectors,
+    teacher_vectors,
+    top_k_targets,
+)
 from trsd_kernels.varlen_attention import varlen_attention
 
 __all__ = [
     "DistillOptions",
     "FusedLinearDistillation",
     "LinearDistillationOutput",
+    "TeacherVectors",
     "TokenTerms",
+    "TopKTargets",
     "cu_seqlens_of",
+    "distill_from_top_k",
+    "distill_from_vectors",
     "fused_distillation",
     "fused_linear_distillation",
     "pack_sequences",
     "position_ids_of",
+    "teacher_vectors",
+    "top_k_targets",
     "varlen_attention",
 ]

@@ -9,22 +9,13 @@ over the lanes until a row ends, so their order is fixed and long rows lose no p
 Traffic per logit and model: 4 bytes read per pass, 2 (half) or 4 written by the gradient. No scratch memory.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from trsd_kernels import row_state
-from trsd_kernels.options import MIXTURES, DistillOptions
 
-# At 8 warps these compile to at most 121 registers a thread on sm_80 to sm_100. Twice the width takes the first, with
-# up to six sums a lane, to 231, which leaves one program on a multiprocessor; with soft caps even this width spills on
-# sm_100, so they halve it.
-TILES = {"accumulate": 2048, "mixture": 2048, "gradient": 2048}
-NUM_WARPS = 8
-
-NONE, FORWARD_KL, REVERSE_KL, JSD, SKEW_KL, SKEW_REVERSE_KL = (tl.constexpr(code) for code in range(6))
-KINDS = {"none": 0, "forward_kl": 1, "reverse_kl": 2, "jsd": 3, "skew_kl": 4, "skew_reverse_kl": 5}
+# In kernels: KIND 1 to 5 have a teacher, 3 to 5 a mixture; "softmax" is one model alone (``options.SoftmaxOptions``).
+KINDS = {"none": 0, "forward_kl": 1, "reverse_kl": 2, "jsd": 3, "skew_kl": 4, "skew_reverse_kl": 5, "softmax": 6}
 
 STUDENT_MAX = tl.constexpr(row_state.STUDENT_MAX)
 STUDENT_SUM = tl.constexpr(row_state.STUDENT_SUM)
@@ -61,10 +52,11 @@ def _load_logits(ptr, bias_ptr, offs, mask, scale, softcap, HAS_BIAS: tl.constex
     z = tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         z += tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    possible = mask & (z != -INF)
     z *= scale
     if HAS_SOFTCAP:
         z = softcap * _tanh(z / softcap)
-    return tl.where(mask, z, -INF)
+    return tl.where(possible, z, -INF)
 
 
 @triton.jit
@@ -110,7 +102,8 @@ def _accumulate_kernel(
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
     state_ptr += row
-    MIXTURE: tl.constexpr = KIND >= 3
+    HAS_TEACHER: tl.constexpr = KIND >= 1 and KIND <= 5
+    MIXTURE: tl.constexpr = KIND >= 3 and KIND <= 5
 
     m_s = tl.load(state_ptr + STUDENT_MAX * state_stride)
     first_m_s = m_s
@@ -144,7 +137,7 @@ def _accumulate_kernel(
         if AT_TEMPERATURE:
             u = z / temperature
         w = u
-        if KIND != 0:
+        if HAS_TEACHER:
             w = _load_logits(
                 teacher_ptr,
                 teacher_bias_ptr,
@@ -176,7 +169,7 @@ def _accumulate_kernel(
             s_1 = s_1 * _factor(m_s * temperature, new_m * temperature) + tl.exp(z - _finite(new_m * temperature))
         m_s = new_m
 
-        if KIND != 0:
+        if HAS_TEACHER:
             highest = tl.max(w, 0)
             new_m = tl.maximum(m_t, highest)
             factor = _factor(m_t, new_m)
@@ -199,7 +192,7 @@ def _accumulate_kernel(
     if KIND == 2:
         field = state_ptr + STUDENT_GAP * state_stride
         tl.store(field, tl.load(field) * factor + tl.sum(b, 0))
-    if KIND != 0:
+    if HAS_TEACHER:
         factor = _factor(first_m_t, m_t)
         tl.store(state_ptr + TEACHER_MAX * state_stride, m_t)
         tl.store(state_ptr + TEACHER_TOP * state_stride, top_t)
@@ -223,10 +216,11 @@ def _accumulate_kernel(
             z = tl.load(student_ptr + label).to(tl.float32)
             if HAS_STUDENT_BIAS:
                 z += tl.load(student_bias_ptr + label).to(tl.float32)
+            impossible = z == -INF
             z *= student_scale
             if HAS_STUDENT_SOFTCAP:
                 z = student_softcap * _tanh(z / student_softcap)
-            tl.store(state_ptr + LABEL_LOGIT * state_stride, z)
+            tl.store(state_ptr + LABEL_LOGIT * state_stride, tl.where(impossible, -INF, z))
 
 
 @triton.jit
@@ -395,6 +389,8 @@ def _gradient_kernel(
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    HAS_TEACHER: tl.constexpr = KIND >= 1 and KIND <= 5
+    MIXTURE: tl.constexpr = KIND >= 3 and KIND <= 5
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
     out_ptr += row * out_stride
@@ -411,12 +407,12 @@ def _gradient_kernel(
     center = 0.0  # what is taken off every slope: its mean under q
     slope_at_top = 0.0
     top = tl.load(state_ptr + STUDENT_TOP * state_stride).to(tl.int32) - vocab_start
-    if KIND != 0:
+    if HAS_TEACHER:
         lse_t = _log_normalizer(state_ptr, state_stride, TEACHER_MAX, TEACHER_SUM)
     if KIND == 2:
         mean_gap = tl.load(state_ptr + STUDENT_GAP * state_stride) / tl.load(state_ptr + STUDENT_SUM * state_stride)
         center = mean_gap - lse_s + lse_t
-    if KIND >= 3:
+    if MIXTURE:
         center = tl.load(state_ptr + SLOPE * state_stride)
         slope_at_top = _mixture_slope(
             tl.load(state_ptr + TEACHER_AT_TOP * state_stride) - lse_t,
@@ -444,7 +440,9 @@ def _gradient_kernel(
         gradient = tl.zeros([BLOCK_V], tl.float32)
         if WITH_CE:
             gradient = ce_weight * (tl.exp(z - lse_1) - tl.where(offs == label, 1.0, 0.0))
-        if KIND != 0:
+        if KIND == 6:
+            gradient += divergence_weight * tl.exp(u - lse_s)
+        if HAS_TEACHER:
             w = _load_logits(
                 teacher_ptr,
                 teacher_bias_ptr,
@@ -464,151 +462,13 @@ def _gradient_kernel(
                 gradient += divergence_weight * (q - tl.exp(log_p))
             if KIND == 2:
                 gradient += divergence_weight * q * tl.where(q == 0, 0.0, log_q - log_p - center)
-            if KIND >= 3:
+            if MIXTURE:
                 slope = _slope_from_top(log_p, log_q, offs, top, slope_at_top, share, KIND)
                 gradient += divergence_weight * q * (slope - center)
         if HAS_STUDENT_SOFTCAP:
-            gradient *= 1.0 - (z / student_softcap) * (z / student_softcap)
+            gradient *= tl.where(z == -INF, 0.0, 1.0 - (z / student_softcap) * (z / student_softcap))
         gradient *= student_scale
         gradient = tl.where(inert, 0.0, gradient)
         # Every lane has read this tile before any lane writes over it (half-precision rows lie in the logits' bytes).
         tl.debug_barrier()
         tl.store(out_ptr + offs, gradient.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def tile_width(kernel: str, vocab_size: int, options: DistillOptions) -> int:
-    """BLOCK_V of a kernel: a power of two, no wider than the row needs."""
-    capped = options.student_transform.softcap is not None or options.teacher_transform.softcap is not None
-    return min(TILES[kernel] // (2 if capped else 1), max(16, triton.next_power_of_2(vocab_size)))
-
-
-class TritonRows:
-    """The calls of ``torch_rows.TorchRows`` by the kernels above: same arguments, fp32 states.
-
-    Args:
-        student_logits: [C, V'] fp32, bf16 or fp16 with unit stride along the vocabulary.
-        teacher_logits: like ``student_logits`` (its dtype may differ), or None.
-        labels: [C] int64, ids over the whole vocabulary.
-        student_bias, teacher_bias: [V'] or None.
-        launch: how a kernel is prepared for its launch; the public ops let torch.compile see it.
-    """
-
-    live_tensors = 2
-
-    @staticmethod
-    def scratch_bytes(options: DistillOptions, num_rows: int, vocab_size: int, dtype: torch.dtype) -> int:
-        """None: a row's sums stay in registers."""
-        return 0
-
-    def __init__(
-        self,
-        options: DistillOptions,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None,
-        labels: Tensor,
-        *,
-        student_bias: Tensor | None = None,
-        teacher_bias: Tensor | None = None,
-        vocab_start: int = 0,
-        launch=lambda kernel: kernel,
-    ) -> None:
-        self.options, self.launch = options, launch
-        self.student, self.labels, self.vocab_start = student_logits, labels, vocab_start
-        # Kernels without a teacher still take a pointer; they never read it.
-        self.teacher = student_logits if teacher_logits is None else teacher_logits
-        student_cap, teacher_cap = options.student_transform.softcap, options.teacher_transform.softcap
-        at_temperature = options.temperature != 1.0 and options.kind != "none"
-        self.strides = (self.student.stride(0), self.teacher.stride(0))
-        self.biases = (
-            student_logits if student_bias is None else student_bias,
-            self.teacher if teacher_bias is None else teacher_bias,
-        )
-        self.scalars = (
-            options.student_transform.scale,
-            student_cap or 1.0,
-            options.teacher_transform.scale,
-            teacher_cap or 1.0,
-            options.temperature if at_temperature else 1.0,
-        )
-        self.flags = dict(
-            KIND=KINDS[options.kind],
-            AT_TEMPERATURE=at_temperature,
-            HAS_STUDENT_BIAS=student_bias is not None,
-            HAS_TEACHER_BIAS=teacher_bias is not None,
-            HAS_STUDENT_SOFTCAP=student_cap is not None,
-            HAS_TEACHER_SOFTCAP=teacher_cap is not None,
-            num_warps=NUM_WARPS,
-        )
-
-    def accumulate(self, state: Tensor) -> None:
-        """Merge these logits into ``state`` [NUM_FIELDS, C]: every field but the mixture's."""
-        num_rows, vocab_size = self.student.shape
-        if num_rows:
-            self.launch(_accumulate_kernel)[(num_rows,)](
-                self.student,
-                self.teacher,
-                *self.biases,
-                self.labels,
-                state,
-                *self.strides,
-                state.stride(0),
-                vocab_size,
-                self.vocab_start,
-                *self.scalars,
-                WITH_CE=self.options.alpha < 1.0,
-                BLOCK_V=tile_width("accumulate", vocab_size, self.options),
-                **self.flags,
-            )
-
-    def accumulate_mixture(self, state: Tensor) -> None:
-        """Add these logits' share of D and M to ``state``, whose normalisers are complete."""
-        num_rows, vocab_size = self.student.shape
-        if num_rows and self.options.kind in MIXTURES:
-            self.launch(_mixture_kernel)[(num_rows,)](
-                self.student,
-                self.teacher,
-                *self.biases,
-                state,
-                *self.strides,
-                state.stride(0),
-                vocab_size,
-                self.vocab_start,
-                *self.scalars,
-                self.options.teacher_share,
-                BLOCK_V=tile_width("mixture", vocab_size, self.options),
-                **self.flags,
-            )
-
-    def gradient(self, state: Tensor, weights: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """dloss/dlogits [C, V'] in ``dtype``, before the bias; in the student's own bytes where ``out`` is None.
-
-        Args:
-            state: complete, [NUM_FIELDS, C].
-            weights: [2, C] fp32: what each row's cross-entropy and divergence count in the loss.
-            out: [C, V'] of ``dtype`` with unit stride along the vocabulary.
-        """
-        num_rows, vocab_size = self.student.shape
-        if out is None:
-            out = self.student if dtype == self.student.dtype else self.student.view(dtype)[:, :vocab_size]
-        if num_rows:
-            self.launch(_gradient_kernel)[(num_rows,)](
-                self.student,
-                self.teacher,
-                *self.biases,
-                self.labels,
-                state,
-                weights,
-                out,
-                *self.strides,
-                state.stride(0),
-                weights.stride(0),
-                out.stride(0),
-                vocab_size,
-                self.vocab_start,
-                *self.scalars,
-                self.options.teacher_share,
-                WITH_CE=self.options.alpha < 1.0,
-                BLOCK_V=tile_width("gradient", vocab_size, self.options),
-                **self.flags,
-            )
-        return out

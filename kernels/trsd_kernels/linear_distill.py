@@ -36,9 +36,10 @@ PLANS = ("auto", "tokens", "vocab")
 MIN_ROWS_PER_CHUNK = 256
 
 
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast rounds the operands of products on ``device`` to, where it does."""
     if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        return torch.get_autocast_dtype("cuda")
+        return torch.getautocast_dtype("cuda")
     return None
 
 
@@ -180,7 +181,7 @@ def _distill(
         encoded_options,
         execution.chunk_size,
         execution.chunk_bytes,
-        _autocast_dtype(inputs.labels.device),
+        autocast_dtype(inputs.labels.device),
         *(tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in student),
     )
     if execution.chosen_plan(student[1].shape[0], weights) == "tokens":

@@ -53,11 +53,11 @@ def _teacher_head(hidden_states: Tensor | None, weight: Tensor | None, bias: Ten
     return None if hidden_states is None else Head(hidden_states, weight, bias)
 
 
-def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
-def _empty_gradients(
+def empty_gradients(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Contiguous tensors of the shapes and dtypes the ops return."""
@@ -117,17 +117,17 @@ def linear_distill_tokens(
             **dtypes,
         ).run()
     gradients = (result.grad_hidden_states, result.grad_weight, result.grad_bias)
-    return result.loss, result.terms, *(_or_empty(gradient, student_hidden_states) for gradient in gradients)
+    return result.loss, result.terms, *(or_empty(gradient, student_hidden_states) for gradient in gradients)
 
 
 @linear_distill_tokens.register_fake
 def _(student_hidden_states, student_weight, student_bias, *rest):
     labels, weights, needs = rest[3], rest[4], Needs(*rest[-3:])
     terms = weights.new_empty(len(TokenTerms._fields), labels.shape[0])
-    return weights.new_empty(()), terms, *_empty_gradients(student_hidden_states, student_weight, student_bias, needs)
+    return weights.new_empty(()), terms, *empty_gradients(student_hidden_states, student_weight, student_bias, needs)
 
 
-def _tokens_setup(ctx, inputs, output) -> None:
+def tokens_setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[2:])
@@ -135,7 +135,7 @@ def _tokens_setup(ctx, inputs, output) -> None:
     ctx.needs, ctx.num_inputs = inputs[-3:], len(inputs)
 
 
-def _tokens_backward(ctx, grad_loss, *_):
+def tokens_backward(ctx, grad_loss, *_):
     refuse_second_derivative()
     gradients = [
         (gradient * grad_loss.to(gradient.dtype)).to(dtype) if need and grad_loss is not None else None
@@ -144,7 +144,7 @@ def _tokens_backward(ctx, grad_loss, *_):
     return *gradients, *[None] * (ctx.num_inputs - 3)
 
 
-linear_distill_tokens.register_autograd(_tokens_backward, setup_context=_tokens_setup)
+linear_distill_tokens.register_autograd(tokens_backward, setup_context=tokens_setup)
 
 
 def _sweep(
@@ -272,12 +272,12 @@ def linear_distill_vocab_backward(
             full = dh.new_zeros(student_hidden_states.shape)
             full[rows] = dh
             dh = full
-    return tuple(_or_empty(gradient, student_hidden_states) for gradient in (dh, gradients.weight, gradients.bias))
+    return tuple(or_empty(gradient, student_hidden_states) for gradient in (dh, gradients.weight, gradients.bias))
 
 
 @linear_distill_vocab_backward.register_fake
 def _(grad_terms, state, student_hidden_states, student_weight, student_bias, *rest):
-    return _empty_gradients(student_hidden_states, student_weight, student_bias, Needs(*rest[-3:]))
+    return empty_gradients(student_hidden_states, student_weight, student_bias, Needs(*rest[-3:]))
 
 
 def _vocab_setup(ctx, inputs, output) -> None:

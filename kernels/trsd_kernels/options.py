@@ -104,11 +104,24 @@ class DistillOptions:
         return self.divergence
 
     @property
+    def softmax_temperature(self) -> float:
+        """The temperature that statistics are taken at: without a divergence there is none."""
+        return 1.0 if self.kind == "none" else self.temperature
+
+    @property
     def teacher_share(self) -> float:
         """The teacher's share in the mixture m of ``kind``."""
         if self.kind == "jsd":
             return self.beta
         return self.skew if self.kind == "skew_kl" else 1.0 - self.skew
+
+
+class SoftmaxOptions(DistillOptions):
+    """One model alone: statistics at ``temperature``, gradients w_0 softmax(z) + w_1 / T softmax(z / T)."""
+
+    @property
+    def kind(self) -> str:
+        return "softmax"
 
 
 def _value(kind: object, text: str) -> object:

@@ -126,7 +126,7 @@ class GradientScale(NamedTuple):
 def _triton_rows() -> type | None:
     """The Triton row passes, or None (said once) where Triton is not installed."""
     try:
-        from trsd_kernels.distill_rows import TritonRows
+        from trsd_kernels.triton_rows import TritonRows
     except ImportError:
         warnings.warn(
             "trsd_kernels: Triton is not installed, so the distillation loss runs in plain torch, several times slower "

@@ -39,11 +39,12 @@ def lift(tensor: Tensor) -> Tensor:
 
 
 def transform_logits(logits: Tensor, transform: LogitTransform) -> Tensor:
-    """softcap * tanh(scale * logits / softcap); without a softcap, scale * logits."""
-    logits = lift(logits) * transform.scale
-    if transform.softcap is None:
-        return logits
-    return transform.softcap * torch.tanh(logits / transform.softcap)
+    """softcap * tanh(scale * logits / softcap); without a softcap, scale * logits. What is -inf stays -inf."""
+    logits = lift(logits)
+    changed = logits * transform.scale
+    if transform.softcap is not None:
+        changed = transform.softcap * torch.tanh(changed / transform.softcap)
+    return torch.where(logits == -math.inf, -math.inf, changed)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

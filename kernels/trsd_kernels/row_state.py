@@ -79,14 +79,14 @@ def log_normalizers(state: Tensor, options: DistillOptions) -> tuple[Tensor, Ten
     """(L_s, L_t, L_1) of equation (2), [num_tokens] each."""
     student = state[STUDENT_MAX] + state[STUDENT_SUM].log()
     teacher = state[TEACHER_MAX] + state[TEACHER_SUM].log()
-    plain = student if options.temperature == 1.0 or options.alpha == 0.0 else state[PLAIN_MAX] + state[PLAIN_SUM].log()
+    plain = student if options.softmax_temperature == 1.0 else state[PLAIN_MAX] + state[PLAIN_SUM].log()
     return student, teacher, plain
 
 
 def divergence_of_state(state: Tensor, options: DistillOptions) -> Tensor:
     """D of each row, nats, [num_tokens]."""
     student, teacher, _ = log_normalizers(state, options)
-    if options.kind == "none":
+    if options.kind in ("none", "softmax"):
         return torch.zeros_like(student)
     if options.kind == "forward_kl":
         return state[TEACHER_GAP] / state[TEACHER_SUM] - teacher + student

@@ -100,7 +100,7 @@ class TokenPlan:
         self.teacher_head = self.teacher and self.teacher.cast_weight(self.teacher_dtype)
         state = new_state(len(self.labels), dtype=self.state_dtype, device=self.labels.device)
         scale = GradientScale.of(row_weights(self.weights, self.options), self.dtype)
-        gradients = _Gradients(self.student, self.student_head, self.needs, self.num_tokens, self.state_dtype)
+        gradients = GradientSums(self.student, self.student_head, self.needs, self.num_tokens, self.state_dtype)
         for part in row_chunks(len(self.labels), self.chunk):
             here = part if self.rows is None else self.rows[part]
             hidden = self.student.hidden_states[here].detach().to(self.dtype)  # [C, H_s]
@@ -150,7 +150,7 @@ class TokenPlan:
         return total + self.rows_class.scratch_bytes(self.options, chunk, vocab_size, self.state_dtype)
 
 
-class _Gradients:
+class GradientSums:
     """Sums of the gradients over chunks of rows: dh row by row, dw and db in fp32 (fp64)."""
 
     def __init__(self, student: Head, ready: Head, needs: Needs, num_tokens: int, state_dtype: torch.dtype) -> None:
@@ -167,8 +167,7 @@ class _Gradients:
     def add(self, gradient: Tensor, hidden: Tensor, here: slice | Tensor, undo: Tensor | None) -> None:
         """Take in one chunk's dloss/dlogits [C, V]; dh is scaled back at once, the sums at the end."""
         if self.needs.hidden_states:
-            dh = product(gradient, self.ready.weight)
-            self.dh[here] = (dh if undo is None else dh.mul_(undo)).to(self.dh.dtype)
+            self.add_hidden(product(gradient, self.ready.weight), here, undo)
         if self.needs.weight:
             if self.dw is None:
                 self.dw = product(gradient.T, hidden)
@@ -176,6 +175,10 @@ class _Gradients:
                 add_product_(self.dw, gradient.T, hidden)
         if self.needs.bias:
             self.db += gradient.sum(0, dtype=self.state_dtype)
+
+    def add_hidden(self, dh: Tensor, here: slice | Tensor, undo: Tensor | None) -> None:
+        """Take in one chunk's dh [C, H_s]."""
+        self.dh[here] = (dh if undo is None else dh.mul_(undo)).to(self.dh.dtype)
 
     def results(self, undo: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dh, dw, db) in the dtypes they are handed out in."""

@@ -44,14 +44,16 @@ def row_chunks(num_rows: int, chunk: int) -> Iterator[slice]:
 
 
 def _transform_(logits: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    """The head's bias, scale and soft cap, in place."""
+    """The head's bias, scale and soft cap, in place; what is -inf stays -inf."""
     if bias is not None:
         logits += bias
-    if transform.scale != 1.0:
-        logits *= transform.scale
+    if transform == LogitTransform():
+        return logits
+    impossible = logits == -math.inf
+    logits *= transform.scale
     if transform.softcap is not None:
         logits.div_(transform.softcap).tanh_().mul_(transform.softcap)
-    return logits
+    return logits.masked_fill_(impossible, -math.inf)
 
 
 def _expectation(weights: Tensor, values: Tensor, masked: bool) -> Tensor:
@@ -106,6 +108,18 @@ class _Mixture:
         return slope.masked_fill_(self.log_q == -math.inf, 0.0)
 
 
+def divergence_slope(log_p: Tensor, log_q: Tensor, options: DistillOptions) -> Tensor:
+    """q (d - d at the top of q), d = dD/dq, of rows of whole distributions; 0 where q is 0."""
+    q = log_q.exp()
+    if options.kind == "none":
+        return torch.zeros_like(q)
+    if options.kind == "forward_kl":
+        return q - log_p.exp()  # any multiple of q may be added
+    slope = log_q - log_p if options.kind == "reverse_kl" else _Mixture(log_p, log_q, options).slope()
+    slope = slope - slope.gather(1, log_q.argmax(1, keepdim=True))
+    return torch.where(q == 0, 0.0, q * slope)
+
+
 class TorchRows:
     """Logits of C rows over ``[vocab_start, vocab_start + V')``; both tensors are taken over as scratch.
 
@@ -139,27 +153,18 @@ class TorchRows:
         vocab_start: int = 0,
         masked: bool | None = None,
     ) -> None:
-        self.student = _transform_(student_logits, student_bias, options.student_transform)
-        if teacher_logits is not None:
-            _transform_(teacher_logits, teacher_bias, options.teacher_transform)
+        self.student = student_logits
         num_rows, vocab_size = student_logits.shape
         length = num_rows
         if masked is None:
             length = BLOCK_BYTES // (student_logits.element_size() * vocab_size)
-        self.blocks = [
-            (
-                part,
-                _RowBlock(
-                    options,
-                    self.student[part],
-                    None if teacher_logits is None else teacher_logits[part],
-                    labels[part],
-                    vocab_start,
-                    masked,
-                ),
-            )
-            for part in row_chunks(num_rows, max(1, length))
-        ]
+        self.blocks = []
+        for part in row_chunks(num_rows, max(1, length)):
+            student = _transform_(student_logits[part], student_bias, options.student_transform)
+            teacher = None
+            if teacher_logits is not None:
+                teacher = _transform_(teacher_logits[part], teacher_bias, options.teacher_transform)
+            self.blocks.append((part, _RowBlock(options, student, teacher, labels[part], vocab_start, masked)))
 
     def accumulate(self, state: Tensor) -> None:
         """Merge these logits into ``state`` [NUM_FIELDS, C]: every field but the mixture's."""
@@ -210,8 +215,8 @@ class _RowBlock:
         return tokens.clamp(0, last)[:, None], (tokens >= 0) & (tokens <= last)
 
     def _at_temperature(self, logits: Tensor) -> Tensor:
-        temperature = self.options.temperature
-        return logits if temperature == 1.0 or self.options.alpha == 0.0 else logits / temperature
+        temperature = self.options.softmax_temperature
+        return logits if temperature == 1.0 else logits / temperature
 
     def accumulate(self, state: Tensor) -> None:
         scaled = self._at_temperature(self.student)
@@ -272,6 +277,7 @@ class _RowBlock:
         slope_of_cap = None
         if transform.softcap is not None:
             slope_of_cap = 1.0 - (self.student / transform.softcap).square_()
+            slope_of_cap.masked_fill_(self.student == -math.inf, 0.0)
         plain = None
         if options.alpha < 1.0:
             plain = torch.exp(self.student - log_normalizers(state, options)[2][:, None]).mul_(weights[0][:, None])
@@ -294,7 +300,10 @@ class _RowBlock:
         student, teacher, _ = log_normalizers(state, options)
         if options.temperature != 1.0:
             self.student.div_(options.temperature)
-            self.teacher.div_(options.temperature)
+            if self.teacher is not None:
+                self.teacher.div_(options.temperature)
+        if options.kind == "softmax":
+            return self.student.sub_(student[:, None]).exp_().mul_(weights)
         log_q, log_p = self.student.sub_(student[:, None]), self.teacher.sub_(teacher[:, None])
         if options.kind == "forward_kl":
             return log_q.exp_().sub_(log_p.exp_()).mul_(weights)
