@@ -27,6 +27,7 @@ from distillation_cases import (
 
 from trsd_kernels import FusedLinearDistillation, fused_linear_distillation
 from trsd_kernels.linear_distill import Execution
+from trsd_kernels.torch_rows import even_chunk, row_chunks
 
 PLANS = ("tokens", "vocab")
 CHUNK = {"tokens": 7, "vocab": 24}
@@ -492,3 +493,18 @@ def test_an_unknown_keyword_is_named():
         distill(make_case(), temprature=2.0)
     with pytest.raises(TypeError, match="alhpa"):
         FusedLinearDistillation(alhpa=2.0)
+
+
+@not_interpreted
+@pytest.mark.parametrize("total,limit,expected", [(4096, 2208, 2048), (8192, 2208, 2048), (300, 512, 300), (0, 5, 1)])
+def test_chunks_come_out_even(total, limit, expected):
+    assert even_chunk(total, limit) == expected
+
+
+@not_interpreted
+@pytest.mark.parametrize("limit", [1, 7, 100, 128, 129, 1000])
+def test_a_chunk_never_exceeds_its_limit(limit):
+    for total in range(0, 2000, 37):
+        chunk = even_chunk(total, limit)
+        assert 1 <= chunk <= limit
+        assert len(list(row_chunks(total, chunk))) == -(-total // limit)

@@ -121,7 +121,7 @@ def fused_linear_distillation(
             step's sum of weights when micro-batches or ranks share it. None: this call's own sum of weights.
         reduction: "mean" (over ``num_items_in_batch``), "sum", or "none" for [num_tokens] differentiable losses.
         plan: "auto", "tokens" or "vocab"; see the module.
-        chunk_size: rows (plan ``tokens``) or vocabulary entries (plan ``vocab``) at a time.
+        chunk_size: at most so many rows (plan ``tokens``) or vocabulary entries (plan ``vocab``) at a time.
         chunk_bytes: working memory of a chunk where ``chunk_size`` is None; by default 2.5 GiB on a GPU, but no more
             than a sixteenth of its memory, and 64 MiB on a CPU.
         **options: any field of ``DistillOptions``: alpha, divergence, beta, skew, temperature, temperature_squared,

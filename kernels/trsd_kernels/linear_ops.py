@@ -18,7 +18,6 @@ from trsd_kernels.vocab_plan import VocabSweep
 
 CUDA_CHUNK_BYTES = 5 * 2**29  # 2,048 rows of two fp32 logits over Qwen3's vocabulary, rounded up
 CPU_CHUNK_BYTES = 2**26
-ROWS_MULTIPLE = 128
 # A captured CUDA graph cannot hold the one wait for the number of supervised rows.
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 
@@ -30,8 +29,7 @@ def chunk_length(other: int, dtype: torch.dtype, device: torch.device, chunk_byt
         if device.type == "cuda":
             chunk_bytes = min(CUDA_CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 16)
     tensors = rows_class(device, dtype).live_tensors
-    length = chunk_bytes // (tensors * dtype.itemsize * max(1, other))
-    return max(1, length - length % ROWS_MULTIPLE if length > ROWS_MULTIPLE else length)
+    return max(1, chunk_bytes // (tensors * dtype.itemsize * max(1, other)))
 
 
 def operand_dtypes(

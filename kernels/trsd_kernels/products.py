@@ -95,7 +95,7 @@ def supervised_rows(labels: Tensor, weights: Tensor, *, vocab_size: int, ignore_
         raise label_out_of_range(labels, outside, vocab_size=vocab_size, ignore_index=ignore_index)
     if num_kept == len(labels):
         return None
-    return torch.argsort(~kept, stable=True)[:num_kept]
+    return torch.argsort((~kept).to(torch.uint8), stable=True)[:num_kept]
 
 
 def scatter_rows(values: Tensor, rows: Tensor | None, num_tokens: int) -> Tensor:

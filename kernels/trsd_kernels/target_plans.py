@@ -36,7 +36,7 @@ from trsd_kernels.row_state import (
     new_state,
 )
 from trsd_kernels.token_plan import GradientSums, Needs
-from trsd_kernels.torch_rows import TorchRows, divergence_slope, row_chunks
+from trsd_kernels.torch_rows import TorchRows, divergence_slope, even_chunk, row_chunks
 
 
 class TopK(NamedTuple):
@@ -96,7 +96,8 @@ class _CachedPlan:
         self.state_dtype = accumulator_dtype(self.dtype)
         self.head = student.cast_weight(self.dtype)
         self.rows_class = rows_class(labels.device, self.state_dtype)
-        self.chunk = chunk_size or chunk_length(vocab_size, self.state_dtype, labels.device, chunk_bytes)
+        limit = chunk_size or chunk_length(vocab_size, self.state_dtype, labels.device, chunk_bytes)
+        self.chunk = even_chunk(len(self.labels), limit)
         self.softmax = SoftmaxOptions(
             alpha=options.alpha,
             temperature=options.temperature,

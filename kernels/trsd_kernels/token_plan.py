@@ -29,7 +29,7 @@ from trsd_kernels.products import (
     scatter_rows,
 )
 from trsd_kernels.row_state import finish, new_state
-from trsd_kernels.torch_rows import TorchRows, row_chunks
+from trsd_kernels.torch_rows import TorchRows, even_chunk, row_chunks
 
 BYTES_PER_TOKEN = 172  # state 64, terms 40, stacked and scattered copies, weights
 
@@ -64,7 +64,7 @@ class TokenPlan:
         labels: [num_tokens].
         weights: [num_tokens], already divided by the number of items.
         rows: the supervised ones; None for all.
-        chunk: C.
+        chunk: C, at most.
         student_dtype, teacher_dtype: what the operands of the products are cast to.
     """
 
@@ -83,7 +83,7 @@ class TokenPlan:
         teacher_dtype: torch.dtype,
     ) -> None:
         self.student, self.teacher, self.rows = student, teacher, rows
-        self.options, self.needs, self.chunk = options, needs, chunk
+        self.options, self.needs = options, needs
         self.dtype, self.teacher_dtype, self.state_dtype = (
             student_dtype,
             teacher_dtype,
@@ -92,6 +92,7 @@ class TokenPlan:
         self.num_tokens = len(labels)
         selected = slice(None) if rows is None else rows
         self.labels, self.weights = labels[selected].contiguous(), weights[selected]
+        self.chunk = even_chunk(len(self.labels), chunk)
         self.rows_class = rows_class(labels.device, self.state_dtype)
 
     def run(self) -> TokenPlanResult:

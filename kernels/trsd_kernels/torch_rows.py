@@ -38,6 +38,15 @@ BLOCK_BYTES = 2**18  # with its temporaries a block stays in a core's second-lev
 BLOCK_TEMPORARIES, BLOCK_TEMPORARIES_OF_MIXTURES = 7, 13
 
 
+def even_chunk(total: int, limit: int) -> int:
+    """The length of a chunk, at most ``limit``, that leaves no small last one; a multiple of 128 where that fits."""
+    if total <= limit:
+        return max(1, total)
+    even = -(-total // -(-total // limit))
+    rounded = even + -even % 128
+    return rounded if rounded <= limit else even
+
+
 def row_chunks(num_rows: int, chunk: int) -> Iterator[slice]:
     """Slices of at most ``chunk``."""
     return (slice(start, min(start + chunk, num_rows)) for start in range(0, num_rows, chunk))

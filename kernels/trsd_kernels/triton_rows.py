@@ -1,5 +1,7 @@
 """The row passes of ``row_state.py`` by the Triton kernels of ``distill_rows.py``: what runs on a GPU."""
 
+import contextlib
+
 import torch
 import triton
 from torch import Tensor
@@ -78,44 +80,52 @@ class TritonRows:
             num_warps=NUM_WARPS,
         )
 
+    def _launch(self, kernel, *arguments, **constants) -> None:
+        """One program a row, on the device of the logits, whichever is current."""
+        num_rows = self.student.shape[0]
+        device = torch.cuda.device(self.student.device) if self.student.is_cuda else contextlib.nullcontext()
+        if num_rows:
+            with device:
+                self.launch(kernel)[(num_rows,)](*arguments, **constants, **self.flags)
+
     def accumulate(self, state: Tensor) -> None:
         """Merge these logits into ``state`` [NUM_FIELDS, C]: every field but the mixture's."""
-        num_rows, vocab_size = self.student.shape
-        if num_rows:
-            self.launch(_accumulate_kernel)[(num_rows,)](
-                self.student,
-                self.teacher,
-                *self.biases,
-                self.labels,
-                state,
-                *self.strides,
-                state.stride(0),
-                vocab_size,
-                self.vocab_start,
-                *self.scalars,
-                WITH_CE=self.options.alpha < 1.0,
-                BLOCK_V=tile_width("accumulate", vocab_size, self.options),
-                **self.flags,
-            )
+        vocab_size = self.student.shape[1]
+        self._launch(
+            _accumulate_kernel,
+            self.student,
+            self.teacher,
+            *self.biases,
+            self.labels,
+            state,
+            *self.strides,
+            state.stride(0),
+            vocab_size,
+            self.vocab_start,
+            *self.scalars,
+            WITH_CE=self.options.alpha < 1.0,
+            BLOCK_V=tile_width("accumulate", vocab_size, self.options),
+        )
 
     def accumulate_mixture(self, state: Tensor) -> None:
         """Add these logits' share of D and M to ``state``, whose normalisers are complete."""
-        num_rows, vocab_size = self.student.shape
-        if num_rows and self.options.kind in MIXTURES:
-            self.launch(_mixture_kernel)[(num_rows,)](
-                self.student,
-                self.teacher,
-                *self.biases,
-                state,
-                *self.strides,
-                state.stride(0),
-                vocab_size,
-                self.vocab_start,
-                *self.scalars,
-                self.options.teacher_share,
-                BLOCK_V=tile_width("mixture", vocab_size, self.options),
-                **self.flags,
-            )
+        if self.options.kind not in MIXTURES:
+            return
+        vocab_size = self.student.shape[1]
+        self._launch(
+            _mixture_kernel,
+            self.student,
+            self.teacher,
+            *self.biases,
+            state,
+            *self.strides,
+            state.stride(0),
+            vocab_size,
+            self.vocab_start,
+            *self.scalars,
+            self.options.teacher_share,
+            BLOCK_V=tile_width("mixture", vocab_size, self.options),
+        )
 
     def gradient(self, state: Tensor, weights: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """dloss/dlogits [C, V'] in ``dtype``, before the bias; in the student's own bytes where ``out`` is None.
@@ -125,28 +135,27 @@ class TritonRows:
             weights: [2, C] fp32: what each row's cross-entropy and divergence count in the loss.
             out: [C, V'] of ``dtype`` with unit stride along the vocabulary.
         """
-        num_rows, vocab_size = self.student.shape
+        vocab_size = self.student.shape[1]
         if out is None:
             out = self.student if dtype == self.student.dtype else self.student.view(dtype)[:, :vocab_size]
-        if num_rows:
-            self.launch(_gradient_kernel)[(num_rows,)](
-                self.student,
-                self.teacher,
-                *self.biases,
-                self.labels,
-                state,
-                weights,
-                out,
-                *self.strides,
-                state.stride(0),
-                weights.stride(0),
-                out.stride(0),
-                vocab_size,
-                self.vocab_start,
-                *self.scalars,
-                self.options.teacher_share,
-                WITH_CE=self.options.alpha < 1.0,
-                BLOCK_V=tile_width("gradient", vocab_size, self.options),
-                **self.flags,
-            )
+        self._launch(
+            _gradient_kernel,
+            self.student,
+            self.teacher,
+            *self.biases,
+            self.labels,
+            state,
+            weights,
+            out,
+            *self.strides,
+            state.stride(0),
+            weights.stride(0),
+            out.stride(0),
+            vocab_size,
+            self.vocab_start,
+            *self.scalars,
+            self.options.teacher_share,
+            WITH_CE=self.options.alpha < 1.0,
+            BLOCK_V=tile_width("gradient", vocab_size, self.options),
+        )
         return out

@@ -31,7 +31,7 @@ from trsd_kernels.products import (
 )
 from trsd_kernels.row_state import new_state
 from trsd_kernels.token_plan import BYTES_PER_TOKEN, Needs, gradient_dtype
-from trsd_kernels.torch_rows import TorchRows, row_chunks
+from trsd_kernels.torch_rows import TorchRows, even_chunk, row_chunks
 
 
 class VocabSweep:
@@ -40,7 +40,7 @@ class VocabSweep:
     Args:
         student, teacher: supervised rows only; the teacher is None with ``alpha`` 0.
         labels: [num_rows] ids over the whole vocabulary.
-        chunk: vocabulary entries at a time.
+        chunk: vocabulary entries at a time, at most.
         vocab_start: the id of the heads' first row (not 0 when they are a shard).
     """
 
@@ -56,7 +56,8 @@ class VocabSweep:
         teacher_dtype: torch.dtype,
         vocab_start: int = 0,
     ) -> None:
-        self.labels, self.options, self.chunk, self.vocab_start = labels.contiguous(), options, chunk, vocab_start
+        self.labels, self.options, self.vocab_start = labels.contiguous(), options, vocab_start
+        self.chunk = even_chunk(student.weight.shape[0], chunk)
         self.dtype, self.teacher_dtype = student_dtype, teacher_dtype
         self.state_dtype = accumulator_dtype(student_dtype)
         # Hidden states once; weights chunk by chunk, so that a cast never copies a whole head.
