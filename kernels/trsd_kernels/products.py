@@ -71,12 +71,30 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right)
 
 
+@functools.cache
+def _adds_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a half-precision product into an fp32 sum in one call; said once where it does not."""
+    total, operand = torch.ones(16, 16, device=device), torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        torch.ops.aten.addmm.dtype_out(total, operand, operand, torch.float32, out=total)
+    except (RuntimeError, NotImplementedError, AttributeError):
+        warnings.warn(
+            f"trsd_kernels: torch {torch.__version__} cannot add a half-precision product into an fp32 sum, so a "
+            "trained head takes the memory of one more fp32 gradient; a newer torch does not",
+            stacklevel=2,
+        )
+        return False
+    return bool((total == 17).all())
+
+
 def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, accumulated in ``total``'s fp32 or fp64."""
-    if left.dtype in HALF:
+    if left.dtype not in HALF:
+        total.addmm_(left, right)
+    elif _adds_into_fp32(total.device, left.dtype):
         torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
     else:
-        total.addmm_(left, right)
+        total += product(left, right)
 
 
 def supervised_rows(labels: Tensor, weights: Tensor, *, vocab_size: int, ignore_index: int) -> Tensor | None:
