@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all bench gpu lint format clean
 
 demo: .venv/installed
 	$(BIN)/python -m trsd.train
@@ -12,6 +12,22 @@ test: .venv/installed-test
 
 test-all: .venv/installed-test
 	$(BIN)/python -m pytest
+
+bench: .venv/installed-test
+	$(BIN)/python -m pytest bench/ --benchmark-only
+
+# For a machine with a GPU, torch, triton, transformers and pytest-benchmark, and without a network: nothing is
+# installed, and peers are measured where PYTHONPATH or the machine has them. Under nine minutes.
+# Only files that hold GPU tests are collected, for others import what such a machine need not have.
+GPU_PYTHON = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
+gpu:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu: torch finds no CUDA device")'
+	@status=0; \
+	$(GPU_PYTHON) -c 'import torch, triton; print(torch.cuda.get_device_name(), torch.__version__, triton.__version__)'; \
+	timeout --signal=INT 200 env $(GPU_PYTHON) -m pytest -m gpu $$(grep -l 'mark.gpu' tests/test_*.py) || status=$$?; \
+	TRSD_BENCH_SECONDS=240 timeout --signal=INT 330 env $(GPU_PYTHON) -m pytest bench/ --benchmark-only --benchmark-quiet \
+		|| status=$$?; \
+	exit $$status
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -18,12 +18,14 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
         self.largest_numel = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._at_most = 0  # live bytes as if nothing had been freed since they were last summed
 
     @property
     def live(self) -> int:
         """Bytes of the counted storages that something still refers to."""
         self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        return sum(size for _, size in self._alive.values())
+        self._at_most = sum(size for _, size in self._alive.values())
+        return self._at_most
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
@@ -34,6 +36,8 @@ class LiveBytes(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if storage._cdata not in known:
                 self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self._at_most += storage.nbytes()
                 self.largest_numel = max(self.largest_numel, storage.nbytes() // tensor.element_size())
-        self.peak = max(self.peak, self.live)
+        if self._at_most > self.peak:
+            self.peak = max(self.peak, self.live)
         return result

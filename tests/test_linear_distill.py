@@ -430,6 +430,24 @@ def test_auto_takes_the_vocabulary_plan_where_rows_would_be_too_few_or_losses_ar
     assert Execution(plan="tokens", chunk_bytes=2**10).chosen_plan(151936, tokens) == "tokens"
 
 
+@not_interpreted
+def test_options_of_other_number_types_mean_the_same():
+    case = make_case()
+    for plan in PLANS:
+        expected = distill(case, plan=plan, alpha=1.0, temperature=2.0, temperature_squared=True, ignore_index=-100)
+        same = distill(case, plan=plan, alpha=1, temperature=2, temperature_squared=1, ignore_index=-100.0)
+        assert same.loss == expected.loss
+
+
+@not_interpreted
+def test_num_items_may_be_any_single_number():
+    case = make_case()
+    expected = distill(case, num_items_in_batch=7).loss
+    for number in (7.0, torch.tensor(7), torch.tensor([7.0])):
+        out = distill(case, num_items_in_batch=number)
+        assert out.loss == expected and out.num_items.shape == ()
+
+
 def test_a_second_derivative_is_refused():
     for plan in PLANS:
         case = make_case()
@@ -480,6 +498,7 @@ def test_module_is_the_function():
         (dict(plan="rows"), "tokens"),
         (dict(reduction="average"), "mean"),
         (dict(reduction="none", plan="tokens"), 'plan="vocab"'),
+        (dict(num_items_in_batch=torch.ones(NUM_TOKENS)), "one number"),
         (dict(reduction="sum", num_items_in_batch=3), "num_items_in_batch"),
     ],
 )  # fmt: skip

@@ -51,6 +51,26 @@ def test_compiles_whole_with_the_same_numbers(plan, divergence):
 
 
 @pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("ignored", [(), range(23)])
+def test_compiles_with_transposed_inputs(plan, ignored):
+    case = make_case(dtype=torch.float32, ignored=ignored)
+    tensors = {
+        name: tensor.detach().T.contiguous().T.requires_grad_(tensor.requires_grad) if tensor.ndim == 2 else tensor
+        for name, tensor in case.tensors().items()
+        if tensor is not None
+    }
+
+    @torch.compile(fullgraph=True)
+    def compiled(tensors):
+        return fused_linear_distillation(**tensors, plan=plan).loss
+
+    loss = compiled(tensors)
+    loss.backward()
+    wanted = gradients(case, fused_linear_distillation(**case.tensors(), plan=plan).loss)
+    torch.testing.assert_close([tensors[name].grad for name in case.trained()], wanted)
+
+
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("as_module", [True, False])
 def test_one_compilation_serves_every_length(as_module, plan):
     options = dict(divergence="jsd", alpha=0.3, plan=plan)
@@ -199,6 +219,7 @@ def run_fsdp(rank, world_size, port, folder):
     full = {name: parameter.grad.full_tensor() for name, parameter in student.named_parameters()}
     if rank == 0:
         torch.save(full, folder / "gradients.pt")
+    dist.barrier()  # no rank leaves while another still talks to it
     dist.destroy_process_group()
 
 

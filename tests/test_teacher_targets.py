@@ -18,6 +18,7 @@ from distillation_cases import (
     whole_logits,
 )
 
+from bench.live_bytes import LiveBytes
 from trsd_kernels import DistillOptions, fused_linear_distillation
 from trsd_kernels.reference import divergence_of, transform_logits
 from trsd_kernels.teacher_targets import (
@@ -187,6 +188,29 @@ def test_ignored_rows_weights_and_counts_behave_as_in_the_whole_loss(loss, make)
 
 
 @not_interpreted
+@pytest.mark.parametrize("loss,make", [(distill_from_top_k, top_k_of), (distill_from_vectors, vectors_of)])
+def test_alpha_zero_is_the_cross_entropy_alone(loss, make):
+    case = make_case(vocab=VOCAB, trained=["student_hidden_states"])
+    targets = make(case, 5) if make is top_k_of else make(case)
+    out = distill(loss, case, targets, alpha=0.0)
+    whole = fused_linear_distillation(**case.tensors(), alpha=0.0)
+    torch.testing.assert_close(out.loss, whole.loss)
+    assert out.divergence == 0 and (out.per_token.divergence == 0).all()
+
+
+@not_interpreted
+def test_the_makers_keep_to_their_byte_budget():
+    case = make_case(256, 4096, 8, dtype=torch.float32)
+    budget = 2**20
+    with LiveBytes() as memory:
+        top_k_of(case, 4, chunk_bytes=budget)
+    assert memory.peak <= 1.3 * budget
+    with LiveBytes() as memory:
+        vectors_of(case, chunk_bytes=budget)
+    assert memory.peak <= 1.3 * budget
+
+
+@not_interpreted
 def test_compiles_whole():
     torch.compiler.reset()
     case = make_case(vocab=VOCAB, dtype=torch.float32, trained=["student_hidden_states"])
@@ -230,6 +254,11 @@ def test_what_cannot_be_right_is_refused():
             distill_from_top_k, case, top_k._replace(token_ids=torch.zeros_like(top_k.token_ids))
         ),
         "outside": lambda: distill(distill_from_top_k, replace(case, labels=case.labels + VOCAB), top_k),
+        "chunk_size": lambda: distill(distill_from_top_k, case, top_k, chunk_size=-5),
+        "chunk_bytes": lambda: distill(distill_from_vectors, frozen, vectors, chunk_bytes=0),
+        "expected one value a token": lambda: distill(
+            distill_from_vectors, frozen, vectors._replace(entropy=vectors.entropy[:, None])
+        ),
         "k: expected 1 to": lambda: top_k_of(case, VOCAB + 1),
         "student_lm_head_weight: expected": lambda: teacher_vectors(
             case.teacher_hidden_states, case.teacher_lm_head_weight, case.student_lm_head_weight[:5]

@@ -46,7 +46,10 @@ def run_cases(rank, world_size, folder):
         out.loss.backward()
         grads = {name: tensor.grad for name, tensor in tensors.items() if tensor.requires_grad}
         results.append((out.loss.detach(), out.per_token, grads))
-    losses = vocab_parallel_distillation(**shard_of(build(CASES[0]).tensors(), rank, world_size), reduction="none").loss
+    tensors = shard_of(build(CASES[0]).tensors(), rank, world_size)
+    losses = vocab_parallel_distillation(**tensors, reduction="none").loss
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(losses.sum(), tensors["student_hidden_states"], create_graph=True)
     torch.save((results, losses.detach()), folder / f"{rank}.pt")
 
 
@@ -57,6 +60,10 @@ def run_refusals(rank, world_size, folder):
         dict(token_weights=torch.ones(3)) if rank == 1 else {},  # one rank's inputs are wrong
         dict(labels=(tensors["labels"] + rank).clamp(max=VOCAB - 1)),  # other labels on every rank
         dict(labels=torch.full((23,), VOCAB)),
+        dict(token_weights=torch.linspace(1, 2 + rank, 23)),
+        dict(divergence="jsd" if rank else "forward_kl"),
+        dict(alpha=2.0) if rank else {},
+        dict(chunk_size=-5),
     ):
         try:
             vocab_parallel_distillation(**tensors | changed)
@@ -70,6 +77,7 @@ def start(rank, world_size, port, folder, work):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     work(rank, world_size, folder)
+    dist.barrier()  # no rank leaves while another still talks to it
     dist.destroy_process_group()
 
 
@@ -109,10 +117,14 @@ def test_sharded_heads_give_the_single_process_result(world_size, tmp_path):
 
 def test_what_one_rank_refuses_every_rank_raises(tmp_path):
     first, second = spawn(2, tmp_path, run_refusals)
-    assert len(first) == len(second) == 3
+    assert len(first) == len(second) == 7
     assert "rank 1 of the group refused" in first[0] and "token_weights" in second[0]
-    assert "same tokens and labels" in first[1] and "same tokens and labels" in second[1]
+    assert "the same labels on every rank" in first[1] and "the same labels on every rank" in second[1]
     assert f"outside [0, {VOCAB})" in first[2]
+    assert "the same token_weights" in first[3] and "the same token_weights" in second[3]
+    assert "the same options" in first[4] and "the same options" in second[4]
+    assert "rank 1 of the group refused" in first[5] and "alpha" in second[5]
+    assert "chunk_size" in first[6]
 
 
 def test_packed_maxima_keep_their_order_and_their_lowest_token():

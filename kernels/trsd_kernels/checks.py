@@ -52,6 +52,14 @@ def check_vocab_size(vocab_size: int, name: str) -> None:
         raise ValueError(f"{name}: expected a vocabulary of 1 to {MAX_VOCAB_SIZE:,} tokens, got {vocab_size:,}")
 
 
+def check_chunks(chunk_size: int | None, chunk_bytes: int | None) -> None:
+    """Chunks of something."""
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    if chunk_bytes is not None and chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes: expected a positive number of bytes, got {chunk_bytes}")
+
+
 def check_bias(bias: Tensor | None, *, vocab_size: int, who: str) -> None:
     """``bias`` [vocab_size], floating, or None."""
     if bias is None:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trsd_kernels.checks import check_distillation_inputs
+from trsd_kernels.checks import check_chunks, check_distillation_inputs
 from trsd_kernels.linear_ops import chunk_length, linear_distill_tokens, linear_distill_vocab
 from trsd_kernels.options import DistillOptions
 from trsd_kernels.reduction import LinearDistillationOutput, check_reduction, reduced_output, weights_and_items
@@ -71,10 +71,7 @@ class Execution(NamedTuple):
             raise ValueError(f"plan: expected one of {', '.join(PLANS)}, got {self.plan!r}")
         if self.plan == "tokens" and self.reduction == "none":
             raise ValueError('plan="tokens" makes its gradient for a scalar loss: per-token losses need plan="vocab"')
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"chunk_size: expected at least 1, got {self.chunk_size}")
-        if self.chunk_bytes is not None and self.chunk_bytes < 1:
-            raise ValueError(f"chunk_bytes: expected a positive number of bytes, got {self.chunk_bytes}")
+        check_chunks(self.chunk_size, self.chunk_bytes)
 
     def chosen_plan(self, vocab_size: int, per_token: Tensor) -> str:
         """``auto`` of the module's text, for [num_tokens] values in the dtype of the logits."""

@@ -164,6 +164,8 @@ def fused_distillation(
         check_token_weights(token_weights, num_tokens=student_logits.shape[0])
     if not torch.compiler.is_compiling():
         check_label_range(labels, vocab_size=student_logits.shape[1], ignore_index=settings.ignore_index)
+    if inplace_backward and student_logits.stride(0) < student_logits.shape[1]:
+        raise ValueError("inplace_backward needs rows of their own: these student_logits overlap (an expanded tensor?)")
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     weights, num_items = weights_and_items(
         labels, token_weights, num_items_in_batch, reduction, ignore_index=settings.ignore_index, dtype=dtype

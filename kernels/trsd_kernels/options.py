@@ -29,7 +29,8 @@ class DistillOptions:
     skew: float = 0.1
     """Skew divergences: the share mixed into the second distribution from the first, 0 (plain KL) to below 1."""
     temperature: float = 1.0
-    """Divides the logits of both models in the divergence and the entropies, never in the cross-entropy."""
+    """Divides the logits of both models in the divergence and the entropies, never in the cross-entropy. Without a
+    divergence (``alpha`` 0) it plays no part."""
     temperature_squared: bool = True
     """Multiply the divergence by temperature^2 in the loss, so that its gradient keeps its size."""
     student_logit_scale: float = 1.0
@@ -46,6 +47,8 @@ class DistillOptions:
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "skew", "temperature", "student_logit_scale", "teacher_logit_scale"):
             object.__setattr__(self, name, float(getattr(self, name)))
+        object.__setattr__(self, "temperature_squared", bool(self.temperature_squared))
+        object.__setattr__(self, "ignore_index", int(self.ignore_index))
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha: expected the divergence's share in [0, 1], got {self.alpha}")
         if self.divergence not in DIVERGENCES:

@@ -132,11 +132,12 @@ class GradientScale(NamedTuple):
     undo: Tensor | None  # scalar
 
     @staticmethod
-    def of(weights: Tensor, dtype: torch.dtype) -> "GradientScale":
+    def of(weights: Tensor, dtype: torch.dtype, options: DistillOptions) -> "GradientScale":
         """fp16 holds nothing below 6e-8, so its gradients are computed large and scaled back in fp32."""
-        if dtype != torch.float16:
+        if dtype != torch.float16 or not weights.numel():
             return GradientScale(weights, None)
-        peak = weights.abs().max().clamp_(min=torch.finfo(torch.float32).tiny)
+        largest = torch.maximum(weights[0].abs().max(), weights[1].abs().max() / options.softmax_temperature)
+        peak = (largest * abs(options.student_logit_scale)).clamp_(min=torch.finfo(torch.float32).tiny)
         return GradientScale(weights * (FP16_GRADIENT_PEAK / peak), peak / FP16_GRADIENT_PEAK)
 
 

@@ -50,11 +50,19 @@ def weights_and_items(
         weights = torch.where(labels != ignore_index, token_weights.detach().to(dtype), 0.0)
     if reduction != "mean":
         return weights, torch.ones((), dtype=dtype, device=weights.device)
-    if num_items_in_batch is None:
-        num_items = weights.sum()
-    else:
-        num_items = torch.as_tensor(num_items_in_batch, dtype=dtype, device=weights.device).detach()
+    num_items = weights.sum() if num_items_in_batch is None else _scalar(num_items_in_batch, dtype, weights.device)
     return torch.where(num_items == 0, 0.0, weights / num_items), num_items  # no items: 0 everywhere, not NaN
+
+
+def _scalar(number: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One number as a tensor on the device, without waiting for it."""
+    if not isinstance(number, Tensor):
+        return torch.full((), number, dtype=dtype, device=device)
+    if number.numel() != 1:
+        raise ValueError(
+            f"num_items_in_batch: expected one number for the whole batch, got a tensor of shape {tuple(number.shape)}"
+        )
+    return number.detach().reshape(()).to(device=device, dtype=dtype)
 
 
 def weighted(values: Tensor, weights: Tensor, reduction: str) -> Tensor:

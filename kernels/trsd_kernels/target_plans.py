@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from trsd_kernels.linear_ops import chunk_length, empty_gradients, or_empty, tokens_backward, tokens_setup
+from trsd_kernels.linear_ops import TAGS, chunk_length, empty_gradients, or_empty, tokens_backward, tokens_setup
 from trsd_kernels.options import DistillOptions, SoftmaxOptions
 from trsd_kernels.products import (
     HALF,
@@ -108,7 +108,7 @@ class _CachedPlan:
     def run(self) -> tuple[Tensor, Tensor, GradientSums, Tensor | None]:
         """(loss, terms [5, num_tokens], gradient sums, the factor that undoes their scaling)."""
         counted = row_weights(self.weights, self.options)
-        scale = GradientScale.of(counted, self.dtype)
+        scale = GradientScale.of(counted, self.dtype, self.options)
         sums = GradientSums(self.student, self.head, self.needs, self.num_tokens, self.state_dtype)
         terms = self.weights.new_zeros(len(TokenTerms._fields), len(self.labels), dtype=self.state_dtype)
         for part in row_chunks(len(self.labels), self.chunk):
@@ -185,14 +185,22 @@ class TopKPlan(_CachedPlan):
             if self.options.alpha < 1.0:
                 on_top += weights[0][:, None] * (top_z - plain[:, None]).exp()
             gradient.scatter_(1, targets.token_ids, (on_top * top_slope).to(gradient.dtype))
-            label_gradient = -weights[0][:, None] * label_slope
-            gradient.scatter_add_(1, labels[:, None], label_gradient.to(gradient.dtype))
+            if self.options.alpha < 1.0:
+                # In fp32 and rounded once: at a confident token q - 1 is a difference of nearly equal numbers.
+                listed = targets.token_ids == labels[:, None]
+                label_u = label_z[:, 0] / self.options.temperature
+                in_tail = tail_weights[1] / self.options.temperature * (label_u - tail_lse).exp()
+                in_tail += weights[0] * (label_z[:, 0] - plain).exp()
+                at_label = torch.where(listed.any(1), torch.where(listed, on_top, 0.0).sum(1), in_tail) - weights[0]
+                gradient.scatter_(1, labels[:, None], (at_label[:, None] * label_slope).to(gradient.dtype))
             sums.add(gradient, hidden, here, undo)
         return self._terms(state, targets, log_p, log_q, top_u, plain - label_z[:, 0], divergence, lse)
 
     def _coarse_divergence(self, log_p: Tensor, log_q: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(D of each row over k + 1 outcomes, weights * dD / dlog_q up to a multiple of q, which drops out)."""
         options = self.options
+        if options.kind == "none":
+            return torch.zeros_like(weights), torch.zeros_like(log_q)
         value = divergence_of(log_p, log_q, divergence=options.divergence, beta=options.beta, skew=options.skew)
         return value, weights[:, None] * divergence_slope(log_p, log_q, options)
 
@@ -201,7 +209,7 @@ class TopKPlan(_CachedPlan):
         tail_mean = torch.where(tail_mass == 0, 0.0, state[STUDENT_MEAN] / state[STUDENT_SUM])
         q = log_q[:, :-1].exp()
         mean = torch.where(q == 0, 0.0, q * top_u).sum(1) + tail_mass * tail_mean
-        first = (top_u.argmax(1) == 0) & (top_u[:, 0] >= state[STUDENT_MAX])
+        first = (top_u.argmax(1) == targets.log_probs.argmax(1)) & (top_u.amax(1) >= state[STUDENT_MAX])
         p = log_p.exp()
         return TokenTerms(
             torch.zeros_like(lse) if self.options.alpha == 1.0 else cross_entropy,
@@ -231,7 +239,7 @@ class VectorPlan(_CachedPlan):
             sums.add_hidden(expected.sub_(target, alpha=scale), here, undo)
         return TokenTerms(
             torch.zeros_like(lse) if options.alpha == 1.0 else plain - label_z[:, 0],
-            lse - mean_z / options.temperature - targets.entropy,
+            torch.zeros_like(lse) if options.kind == "none" else lse - mean_z / options.temperature - targets.entropy,
             lse - state[STUDENT_MEAN] / state[STUDENT_SUM],
             targets.entropy.to(lse.dtype),
             (state[STUDENT_TOP].long() == targets.top_token).to(lse.dtype),
@@ -245,7 +253,7 @@ def _run(plan: _CachedPlan, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     return loss, terms, *(or_empty(gradient, like) for gradient in gradients)
 
 
-@custom_op("trsd::distill_top_k", mutates_args=())
+@custom_op("trsd::distill_top_k", mutates_args=(), tags=TAGS)
 def distill_top_k(
     student_hidden_states: Tensor,
     student_weight: Tensor,
@@ -278,7 +286,7 @@ def distill_top_k(
     return _run(plan, student_hidden_states)
 
 
-@custom_op("trsd::distill_vectors", mutates_args=())
+@custom_op("trsd::distill_vectors", mutates_args=(), tags=TAGS)
 def distill_vectors(
     student_hidden_states: Tensor,
     student_weight: Tensor,

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from trsd_kernels.checks import (
     check_bias,
+    check_chunks,
     check_hidden_and_weight,
     check_labels,
     check_same_device,
@@ -36,10 +37,9 @@ from trsd_kernels.linear_ops import chunk_length
 from trsd_kernels.options import DistillOptions
 from trsd_kernels.products import accumulator_dtype, product, product_dtype
 from trsd_kernels.reduction import LinearDistillationOutput, check_reduction, reduced_output, weights_and_items
-from trsd_kernels.reference import transform_logits
 from trsd_kernels.row_state import TokenTerms
 from trsd_kernels.target_plans import accurate_product, distill_top_k, distill_vectors
-from trsd_kernels.torch_rows import row_chunks
+from trsd_kernels.torch_rows import even_chunk, row_chunks, transform_
 
 
 class TopKTargets(NamedTuple):
@@ -72,12 +72,10 @@ def _teacher_chunks(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, 
     """(slice, teacher logits over T) chunk by chunk, fp32 or fp64; the caller may write over them."""
     dtype = product_dtype(hidden_states, weight, None)
     weight, word = weight.detach().to(dtype), accumulator_dtype(dtype)
-    chunk = chunk_length(weight.shape[0], word, weight.device, chunk_bytes)
-    for part in row_chunks(len(hidden_states), chunk):
+    limit = chunk_length(2 * weight.shape[0], word, weight.device, chunk_bytes)  # a copy or two beside the logits
+    for part in row_chunks(len(hidden_states), even_chunk(len(hidden_states), limit)):
         logits = product(hidden_states[part].detach().to(dtype), weight.T)
-        if bias is not None:
-            logits += bias.detach()
-        yield part, transform_logits(logits, options.teacher_transform).div_(options.temperature)
+        yield part, transform_(logits, bias, options.teacher_transform).div_(options.temperature)
 
 
 @torch.no_grad()
@@ -161,7 +159,7 @@ def teacher_vectors(
         top_token[part] = logits.argmax(1)
         log_p = logits.sub_(logits.logsumexp(1, keepdim=True))
         p = log_p.exp()
-        entropy[part] = -torch.where(p == 0, 0.0, p * log_p).sum(1)
+        entropy[part] = -torch.linalg.vecdot(p, log_p.masked_fill_(p == 0, 0.0))
         if student_lm_head_bias is not None:
             mean_bias[part] = p.to(word) @ student_lm_head_bias.detach().to(word)
         vectors[part] = accurate_product(p.to(word), student)
@@ -197,23 +195,23 @@ def distill_from_top_k(
     """
     _check_rows(targets, student_hidden_states, ("log_probs", "tail_log_mass"))
     ids, vocab_size = targets.token_ids, student_lm_head_weight.shape[0]
-    if ids.ndim != 2 or ids.shape != targets.log_probs.shape or ids.dtype != torch.int64:
+    if ids.shape != targets.log_probs.shape or ids.dtype != torch.int64 or not ids.shape[1]:
         raise ValueError(
-            f"targets: expected token_ids and log_probs [num_tokens, k], ids in int64, got {tuple(ids.shape)} "
+            f"targets: expected token_ids and log_probs [num_tokens, k >= 1], ids in int64, got {tuple(ids.shape)} "
             f"{ids.dtype} and {tuple(targets.log_probs.shape)}"
         )
     if not torch.compiler.is_compiling() and ids.numel():
         _check_ids(ids, vocab_size)
     return _distill_from(
         distill_top_k,
-        (ids, targets.log_probs, targets.tail_log_mass),
-        targets.temperature,
+        targets,
         (student_hidden_states, student_lm_head_weight, student_lm_head_bias),
         labels,
         token_weights,
         num_items_in_batch,
         (reduction, chunk_size, chunk_bytes),
         DistillOptions(**options),
+        autocast_dtype(labels.device),
     )
 
 
@@ -260,47 +258,57 @@ def distill_from_vectors(
         raise ValueError("vectors are valid for a frozen student head only: freeze it, or use distill_from_top_k")
     return _distill_from(
         distill_vectors,
-        targets[:-1],
-        targets.temperature,
+        targets,
         (student_hidden_states, student_lm_head_weight, student_lm_head_bias),
         labels,
         token_weights,
         num_items_in_batch,
         (reduction, chunk_size, chunk_bytes),
         settings,
+        None,  # the vectors were made with the head as it is; a rounded one would not cancel against them
     )
 
 
 def _check_ids(ids: Tensor, vocab_size: int) -> None:
-    """Ids of the vocabulary, none twice in a row."""
-    if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+    """Ids of the vocabulary, none twice in a row; one wait for the device."""
+    twice = (ids.sort(1).values.diff(dim=1) == 0).any()
+    lowest, highest, twice = torch.stack([ids.min(), ids.max(), twice.long()]).tolist()
+    if not 0 <= lowest <= highest < vocab_size:
         raise ValueError(f"targets: token_ids reach outside [0, {vocab_size}): cached for another vocabulary?")
-    if (ids.sort(1).values.diff(dim=1) == 0).any():
+    if twice:
         raise ValueError("targets: a row of token_ids names a token twice, so its probability would count twice")
 
 
 def _check_rows(targets: TopKTargets | TeacherVectors, hidden_states: Tensor, names: tuple[str, ...]) -> None:
     for name in names:
-        rows = getattr(targets, name).shape[0]
-        if rows != hidden_states.shape[0]:
-            raise ValueError(f"targets.{name} holds {rows} tokens, student_hidden_states {hidden_states.shape[0]}")
+        shape = tuple(getattr(targets, name).shape)
+        if shape[:1] != hidden_states.shape[:1]:
+            raise ValueError(
+                f"targets.{name} holds {shape[0] if shape else 1} tokens, student_hidden_states "
+                f"{hidden_states.shape[0]}"
+            )
+        if len(shape) != (2 if name in ("log_probs", "vectors") else 1):
+            raise ValueError(f"targets.{name}: expected one value a token, got shape {shape}")
 
 
 def _distill_from(
     op: Any,
-    targets: tuple[Tensor, ...],
-    temperature: float,
+    targets: TopKTargets | TeacherVectors,
     student: tuple[Tensor, Tensor, Tensor | None],
     labels: Tensor,
     token_weights: Tensor | None,
     num_items_in_batch: Tensor | float | None,
     execution: tuple[str, int | None, int | None],
     options: DistillOptions,
+    autocast: torch.dtype | None,
 ) -> LinearDistillationOutput:
     """Check what both losses share, call ``op`` and reduce its terms."""
     hidden_states, weight, bias = student
     reduction, chunk_size, chunk_bytes = execution
+    names = targets._fields[:-1]
+    *targets, temperature = targets
     check_reduction(reduction, num_items_in_batch)
+    check_chunks(chunk_size, chunk_bytes)
     if reduction == "none":
         raise ValueError('reduction: gradients are made for a scalar loss, expected "mean" or "sum"')
     if temperature != options.temperature:
@@ -310,7 +318,7 @@ def _distill_from(
     check_hidden_and_weight(hidden_states, weight, who="student")
     check_bias(bias, vocab_size=weight.shape[0], who="student")
     check_labels(labels, num_tokens=hidden_states.shape[0])
-    tensors = {f"targets[{place}]": target for place, target in enumerate(targets)}
+    tensors = {f"targets.{name}": target for name, target in zip(names, targets, strict=True)}
     check_same_device(
         student_hidden_states=hidden_states,
         student_lm_head_weight=weight,
@@ -337,7 +345,7 @@ def _distill_from(
         options.encode(),
         chunk_size,
         chunk_bytes,
-        autocast_dtype(labels.device),
+        autocast,
         *(tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in student),
     )
     terms = TokenTerms(*stacked.unbind())

@@ -5,11 +5,13 @@ beside inputs and results, with e bytes an element of the products' operands (4 
 
     8 C V                    fp32 logits of both models; the gradient lies in the student's (4 C V without a teacher)
     e C (H_s + H_t)          hidden states of the chunk, where rows are left out or cast
-    4 C H_s                  the chunk's dh before it is rounded
+    (4 + e) C H_s            the chunk's dh before it is rounded, and after
     4 V H_s                  the head's gradient, where its own dtype is not fp32
     e V (H_s + H_t)          both heads, where they are cast
     172 N                    states and terms
     B                        plain torch only: temporaries of a block of rows (``torch_rows.py``)
+
+Backward holds the saved gradients and their products with the upstream factor, nothing else of size.
 """
 
 from typing import NamedTuple
@@ -100,7 +102,7 @@ class TokenPlan:
         self.student_head = self.student.cast_weight(self.dtype)
         self.teacher_head = self.teacher and self.teacher.cast_weight(self.teacher_dtype)
         state = new_state(len(self.labels), dtype=self.state_dtype, device=self.labels.device)
-        scale = GradientScale.of(row_weights(self.weights, self.options), self.dtype)
+        scale = GradientScale.of(row_weights(self.weights, self.options), self.dtype, self.options)
         gradients = GradientSums(self.student, self.student_head, self.needs, self.num_tokens, self.state_dtype)
         for part in row_chunks(len(self.labels), self.chunk):
             here = part if self.rows is None else self.rows[part]
@@ -145,7 +147,7 @@ class TokenPlan:
             if head.weight.dtype != dtype:
                 total += dtype.itemsize * head.weight.numel()
         if self.needs.hidden_states:
-            total += word * chunk * hidden_size
+            total += (word + gradient_dtype(self.student.hidden_states.dtype).itemsize) * chunk * hidden_size
         if self.needs.weight and gradient_dtype(self.student.weight.dtype) != self.state_dtype:
             total += word * vocab_size * hidden_size
         return total + self.rows_class.scratch_bytes(self.options, chunk, vocab_size, self.state_dtype)
@@ -184,7 +186,7 @@ class GradientSums:
     def results(self, undo: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dh, dw, db) in the dtypes they are handed out in."""
         if self.needs.weight and self.dw is None:
-            self.dw = torch.zeros_like(self.student.weight, dtype=self.state_dtype)
+            self.dw = torch.zeros(self.student.weight.shape, dtype=self.state_dtype, device=self.student.weight.device)
         for total in (self.dw, self.db):
             if total is not None and undo is not None:
                 total *= undo

@@ -52,7 +52,7 @@ def row_chunks(num_rows: int, chunk: int) -> Iterator[slice]:
     return (slice(start, min(start + chunk, num_rows)) for start in range(0, num_rows, chunk))
 
 
-def _transform_(logits: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+def transform_(logits: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
     """The head's bias, scale and soft cap, in place; what is -inf stays -inf."""
     if bias is not None:
         logits += bias
@@ -169,10 +169,10 @@ class TorchRows:
             length = BLOCK_BYTES // (student_logits.element_size() * vocab_size)
         self.blocks = []
         for part in row_chunks(num_rows, max(1, length)):
-            student = _transform_(student_logits[part], student_bias, options.student_transform)
+            student = transform_(student_logits[part], student_bias, options.student_transform)
             teacher = None
             if teacher_logits is not None:
-                teacher = _transform_(teacher_logits[part], teacher_bias, options.teacher_transform)
+                teacher = transform_(teacher_logits[part], teacher_bias, options.teacher_transform)
             self.blocks.append((part, _RowBlock(options, student, teacher, labels[part], vocab_start, masked)))
 
     def accumulate(self, state: Tensor) -> None:

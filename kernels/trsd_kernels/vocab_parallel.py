@@ -8,15 +8,15 @@ where their rows are. The result is the single-rank one to rounding, on every ra
 The MAX carries a maximum and where it sits in one int64: the number's bits, put in order, above the token id.
 """
 
+import zlib
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from trsd_kernels.checks import check_distillation_inputs, check_label_range
-from trsd_kernels.linear_ops import chunk_length, operand_dtypes
+from trsd_kernels.checks import check_chunks, check_distillation_inputs
+from trsd_kernels.linear_ops import chunk_length, operand_dtypes, refuse_second_derivative
 from trsd_kernels.options import MIXTURES, DistillOptions
 from trsd_kernels.products import Head, accumulator_dtype, scatter_rows, supervised_rows
 from trsd_kernels.reduction import LinearDistillationOutput, check_reduction, reduced_output, weights_and_items
@@ -123,42 +123,44 @@ class VocabParallelFunction(torch.autograd.Function):
     """Differentiable per-token cross-entropy and divergence over sharded heads; the other terms and nothing else."""
 
     @staticmethod
-    def forward(ctx, student_hidden, student_weight, student_bias, teacher, labels, rows, shard):
-        sweep = _sweep(Head(student_hidden, student_weight, student_bias), teacher, labels, rows, shard)
+    def forward(ctx, *arguments):
+        *tensors, labels, rows, shard = arguments
+        sweep = _sweep(tensors, labels, rows, shard)
         state = sweep.state(merge=lambda state: merge_states(state, shard.group))
         if shard.options.kind in MIXTURES:
             sweep.add_mixture(state)
             _all_reduce_fields(state, (VALUE, SLOPE), shard.group)
         terms = scatter_rows(torch.stack(finish(state, shard.options)), rows, len(labels))
-        ctx.save_for_backward(state, student_hidden, student_weight, student_bias, labels, rows)
-        ctx.teacher, ctx.shard = teacher, shard
+        ctx.save_for_backward(state, *tensors, labels, rows)
+        ctx.shard = shard
         cross_entropy, divergence, others = terms[0].clone(), terms[1].clone(), terms[2:].clone()
         ctx.mark_non_differentiable(others)
         return cross_entropy, divergence, others
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_cross_entropy, grad_divergence, _):
-        state, *student, labels, rows = ctx.saved_tensors
+        refuse_second_derivative()
+        state, *tensors, labels, rows = ctx.saved_tensors
         grads = torch.stack([grad_cross_entropy, grad_divergence]).to(state.dtype)
         if rows is not None:
             grads = grads[:, rows]
         needs = Needs(*ctx.needs_input_grad[:3])
-        sweep = _sweep(Head(*student), ctx.teacher, labels, rows, ctx.shard)
+        sweep = _sweep(tensors, labels, rows, ctx.shard)
         dh, dw, db = sweep.gradients(state, grads.contiguous(), needs)
         if needs.hidden_states:
             dist.all_reduce(dh, group=ctx.shard.group)
-            full = torch.zeros_like(student[0])
+            full = torch.zeros_like(tensors[0])
             full[slice(None) if rows is None else rows] = dh.to(full.dtype)
             dh = full
-        weight, bias = student[1:]
+        weight, bias = tensors[1:3]
         dw = None if dw is None else dw.to(weight.dtype)
         db = None if db is None else db.to(bias.dtype)
-        return dh, dw, db, None, None, None, None
+        return dh, dw, db, *[None] * 6
 
 
-def _sweep(student: Head, teacher: Head | None, labels: Tensor, rows: Tensor | None, shard: _Shard) -> VocabSweep:
-    """This rank's sweep over the supervised rows."""
+def _sweep(tensors: list[Tensor | None], labels: Tensor, rows: Tensor | None, shard: _Shard) -> VocabSweep:
+    """This rank's sweep over the supervised rows, from both models' hidden states, weights and biases."""
+    student, teacher = Head(*tensors[:3]), None if tensors[3] is None else Head(*tensors[3:])
     dtypes = operand_dtypes(
         student.hidden_states, student.weight, teacher and teacher.hidden_states, teacher and teacher.weight, None
     )
@@ -169,28 +171,35 @@ def _sweep(student: Head, teacher: Head | None, labels: Tensor, rows: Tensor | N
     return VocabSweep(student, teacher, labels, shard.options, chunk=chunk, vocab_start=shard.vocab_start, **dtypes)
 
 
+def _checksum(tensor: Tensor) -> int:
+    """A number that differs where the tensors of two ranks do."""
+    bits = tensor.detach().to(torch.float64).contiguous().view(torch.int64)
+    return int((bits * torch.arange(1, bits.numel() + 1, device=bits.device).view_as(bits)).sum())
+
+
 def _agree(
-    problem: ValueError | None, rows: int, labels: Tensor, vocab_size: int, group: dist.ProcessGroup | None
+    problem: Exception | None, shared: list[int], vocab_size: int, device: torch.device, group: dist.ProcessGroup | None
 ) -> tuple[int, int]:
     """(this rank's first token id, the whole vocabulary's size), once every rank's inputs are known to fit together.
 
     A rank that refused its inputs would leave the others waiting; so every rank learns of it and raises.
     """
     world_size, rank = dist.get_world_size(group), dist.get_rank(group)
-    checksum = 0 if problem else int((labels * torch.arange(1, len(labels) + 1, device=labels.device)).sum())
-    mine = torch.tensor([problem is not None, rows, checksum, vocab_size], device=labels.device)
+    mine = torch.tensor([problem is not None, vocab_size, *shared], device=device)
     everyone = [torch.empty_like(mine) for _ in range(world_size)]
     dist.all_gather(everyone, mine, group=group)
-    refused, lengths, checksums, sizes = torch.stack(everyone).T.tolist()
+    refused, sizes, *facts = torch.stack(everyone).T.tolist()
     if problem:
         raise problem
     if any(refused):
         raise ValueError(f"rank {refused.index(1)} of the group refused its inputs: its own error says why")
-    if len(set(lengths)) > 1 or len(set(checksums)) > 1:
-        raise ValueError(
-            f"expected the same tokens and labels on every rank of the group, got {lengths} tokens: a head is sharded "
-            "over ranks that share their batch"
-        )
+    names = ("number of tokens", "labels", "token_weights or num_items_in_batch", "options or reduction")
+    for name, values in zip(names, facts, strict=True):
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"expected the same {name} on every rank of the group: a head is sharded over ranks that share their "
+                "batch"
+            )
     return sum(sizes[:rank]), sum(sizes)
 
 
@@ -219,7 +228,7 @@ def vocab_parallel_distillation(
     Args:
         group: the process group; None: all ranks.
         chunk_size: vocabulary entries of the shard at a time.
-        others: as in ``fused_linear_distillation``.
+        others: as in ``fused_linear_distillation``; products take the inputs' own dtype, under autocast too.
 
     Returns:
         As ``fused_linear_distillation``.
@@ -227,10 +236,11 @@ def vocab_parallel_distillation(
     Raises:
         ValueError: on every rank, when the inputs of one do not fit or the ranks hold different tokens.
     """
-    settings = DistillOptions(**options)
-    problem = None
+    problem, shared = None, [0] * 4
     try:
+        settings = DistillOptions(**options)
         check_reduction(reduction, num_items_in_batch)
+        check_chunks(chunk_size, chunk_bytes)
         check_distillation_inputs(
             student_hidden_states,
             student_lm_head_weight,
@@ -242,30 +252,29 @@ def vocab_parallel_distillation(
             token_weights=token_weights,
             options=settings,
         )
-    except ValueError as error:
+        weights, num_items = weights_and_items(
+            labels,
+            token_weights,
+            num_items_in_batch,
+            reduction,
+            ignore_index=settings.ignore_index,
+            dtype=accumulator_dtype(torch.promote_types(student_hidden_states.dtype, student_lm_head_weight.dtype)),
+        )
+        text = f"{settings.encode()};{reduction}"
+        shared = [len(labels), _checksum(labels), _checksum(weights), zlib.crc32(text.encode())]
+    except (ValueError, TypeError) as error:
         problem = error
-    vocab_start, vocab_size = _agree(
-        problem, student_hidden_states.shape[0], labels, student_lm_head_weight.shape[0], group
-    )
-    check_label_range(labels, vocab_size=vocab_size, ignore_index=settings.ignore_index)
-    weights, num_items = weights_and_items(
-        labels,
-        token_weights,
-        num_items_in_batch,
-        reduction,
-        ignore_index=settings.ignore_index,
-        dtype=accumulator_dtype(torch.promote_types(student_hidden_states.dtype, student_lm_head_weight.dtype)),
-    )
+    vocab_start, vocab_size = _agree(problem, shared, student_lm_head_weight.shape[0], labels.device, group)
     rows = supervised_rows(labels, weights, vocab_size=vocab_size, ignore_index=settings.ignore_index)
-    teacher = None
+    teacher = (None, None, None)
     if settings.alpha > 0.0:
-        teacher = Head(teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias)
+        teacher = (teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias)
     with torch.autocast(labels.device.type, enabled=False):
         cross_entropy, divergence, others = VocabParallelFunction.apply(
             student_hidden_states,
             student_lm_head_weight,
             student_lm_head_bias,
-            teacher,
+            *(None if tensor is None else tensor.detach() for tensor in teacher),
             labels,
             rows,
             _Shard(settings, chunk_size, chunk_bytes, vocab_start, group),

@@ -58,6 +58,11 @@ class VocabSweep:
     ) -> None:
         self.labels, self.options, self.vocab_start = labels.contiguous(), options, vocab_start
         self.chunk = even_chunk(student.weight.shape[0], chunk)
+        self.cast = [
+            head.hidden_states.dtype != dtype
+            for head, dtype in ((student, student_dtype), (teacher, teacher_dtype))
+            if head is not None
+        ]
         self.dtype, self.teacher_dtype = student_dtype, teacher_dtype
         self.state_dtype = accumulator_dtype(student_dtype)
         # Hidden states once; weights chunk by chunk, so that a cast never copies a whole head.
@@ -84,8 +89,8 @@ class VocabSweep:
         vocab_size, hidden_size = self.student.weight.shape
         num_rows, chunk, word = len(self.labels), min(self.chunk, vocab_size), self.state_dtype.itemsize
         total = len(heads) * word * num_rows * chunk + BYTES_PER_TOKEN * num_rows
-        for head, dtype in heads:
-            if gathered or head.weight.dtype != dtype:
+        for (head, dtype), cast in zip(heads, self.cast, strict=True):
+            if gathered or cast:
                 total += dtype.itemsize * num_rows * head.weight.shape[1]
             if head.weight.dtype != dtype:
                 total += dtype.itemsize * chunk * head.weight.shape[1]
@@ -113,14 +118,18 @@ class VocabSweep:
 
     def gradients(self, state: Tensor, weights: Tensor, needs: Needs) -> "VocabGradients":
         """Gradients for ``weights`` [2, num_rows]: upstream factors of each row's cross-entropy and divergence."""
-        scale = GradientScale.of(weights, self.dtype)
+        scale = GradientScale.of(weights, self.dtype, self.options)
         hidden, head = self.student.hidden_states, self.student
-        dh = torch.zeros_like(hidden, dtype=self.state_dtype) if needs.hidden_states else None
-        dw = torch.empty_like(head.weight, dtype=gradient_dtype(head.weight.dtype)) if needs.weight else None
-        db = torch.empty_like(head.bias, dtype=gradient_dtype(head.bias.dtype)) if needs.bias else None
+        dh = dw = db = None
+        if needs.hidden_states:
+            dh = torch.zeros(hidden.shape, dtype=self.state_dtype, device=hidden.device)
+        if needs.weight:
+            dw = torch.empty(head.weight.shape, dtype=gradient_dtype(head.weight.dtype), device=hidden.device)
+        if needs.bias:
+            db = torch.empty(head.bias.shape, dtype=gradient_dtype(head.bias.dtype), device=hidden.device)
 
         def unscaled(total: Tensor) -> Tensor:
-            return total if scale.undo is None else total * scale.undo
+            return total if scale.undo is None else total.mul_(scale.undo)
 
         for part in self._parts():
             gradient = self._logits(part).gradient(state, scale.weights, self.dtype)  # [num_rows, V']

@@ -1,0 +1,176 @@
+"""Who is measured: our plans, the bare matrix products, plain torch, and the peers of ``peers.py``."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import peers
+from bench.shapes import Inputs, Loss
+from trsd_kernels import DistillOptions, fused_linear_distillation
+from trsd_kernels.linear_ops import chunk_length
+from trsd_kernels.products import Head, add_product_, product
+from trsd_kernels.teacher_targets import distill_from_vectors, teacher_vectors
+from trsd_kernels.token_plan import Needs, TokenPlan
+from trsd_kernels.torch_rows import row_chunks
+from trsd_kernels.vocab_plan import VocabSweep
+
+SMALL_CHUNK_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a loss and its gradients."""
+
+    name: str
+    step: Callable[[Inputs, Loss], Callable[[], Tensor | None]]
+    """Prepares a function that makes the loss, still to be differentiated, or None where there is none."""
+    install: str = ""
+    """What ``pip install`` takes to bring it along."""
+    uncounted: bool = False
+    """One opaque operation to ``LiveBytes``, so that its memory on a CPU is not known."""
+    countable: Callable[[Inputs, Loss], None] | None = None
+    """The same work with every operation in sight of ``LiveBytes``."""
+    compiles: bool = False
+    """Needs many seconds before it first runs."""
+
+
+def _heads(inputs: Inputs) -> tuple[Head, Head]:
+    student_h, student_w, teacher_h, teacher_w, _ = inputs.positional()
+    return (
+        Head(student_h, student_w, inputs.student_lm_head_bias),
+        Head(teacher_h, teacher_w, inputs.teacher_lm_head_bias),
+    )
+
+
+def _chunk(inputs: Inputs, other: int) -> int:
+    return chunk_length(other, torch.float32, inputs.labels.device, None)
+
+
+def _needs(inputs: Inputs) -> Needs:
+    return Needs(hidden_states=True, weight=inputs.head_is_trained, bias=False)
+
+
+def ours(plan: str, chunk_bytes: int | None = None) -> Callable[[Inputs, Loss], Callable[[], Tensor]]:
+    """``fused_linear_distillation`` by one of its plans."""
+
+    def step(inputs: Inputs, loss: Loss) -> Callable[[], Tensor]:
+        keywords = dict(loss.options(), plan=plan, chunk_bytes=chunk_bytes)
+        return lambda: fused_linear_distillation(*inputs.positional(), **keywords).loss
+
+    return step
+
+
+@torch.no_grad()
+def _tokens_in_sight(inputs: Inputs, loss: Loss) -> None:
+    """Plan ``tokens`` without its dispatcher operation, in fp32."""
+    TokenPlan(
+        *_heads(inputs),
+        inputs.labels,
+        torch.full(inputs.labels.shape, 1 / len(inputs.labels)),
+        None,
+        DistillOptions(**loss.options()),
+        _needs(inputs),
+        chunk=_chunk(inputs, inputs.student_lm_head_weight.shape[0]),
+        student_dtype=torch.float32,
+        teacher_dtype=torch.float32,
+    ).run()
+
+
+@torch.no_grad()
+def _vocab_in_sight(inputs: Inputs, loss: Loss) -> None:
+    """Plan ``vocab`` without its dispatcher operations, in fp32."""
+    sweep = VocabSweep(
+        *_heads(inputs),
+        inputs.labels,
+        DistillOptions(**loss.options()),
+        chunk=_chunk(inputs, len(inputs.labels)),
+        student_dtype=torch.float32,
+        teacher_dtype=torch.float32,
+    )
+    state = sweep.state()
+    sweep.add_mixture(state)
+    sweep.gradients(state, torch.full((2, len(inputs.labels)), 1 / len(inputs.labels)), _needs(inputs))
+
+
+def ours_from_vectors(inputs: Inputs, loss: Loss) -> Callable[[], Tensor]:
+    """A frozen head against cached teacher vectors; making the cache is not timed."""
+    student_h, student_w, teacher_h, teacher_w, labels = inputs.positional()
+    targets = teacher_vectors(teacher_h, teacher_w, student_w, temperature=loss.temperature)
+    return lambda: distill_from_vectors(student_h, student_w, targets, labels, alpha=loss.alpha).loss
+
+
+def bare_gemms(inputs: Inputs, loss: Loss) -> Callable[[], None]:
+    """The floor: only the products that the loss cannot do without, on the rows at a time that our plan takes.
+
+    Student logits, teacher logits and dH, and dW for a trained head, with fp32 results; a random matrix stands for
+    dloss/dlogits.
+    """
+    student_h, student_w, teacher_h, teacher_w, _ = (x.detach() for x in inputs.positional())
+    num_tokens, vocab_size = len(student_h), len(student_w)
+    chunk = min(_chunk(inputs, vocab_size), num_tokens)
+    gradient = torch.randn(chunk, vocab_size, device=student_h.device, dtype=student_h.dtype)
+
+    def step() -> None:
+        dh, dw = torch.empty_like(student_h), None
+        for part in row_chunks(num_tokens, chunk):
+            hidden = student_h[part]
+            logits = product(hidden, student_w.T), product(teacher_h[part], teacher_w.T)
+            here = gradient[: len(hidden)]
+            dh[part] = product(here, student_w)
+            if inputs.head_is_trained and dw is None:
+                dw = product(here.T, hidden)
+            elif inputs.head_is_trained:
+                add_product_(dw, here.T, hidden)
+            del logits  # both were live at once, as they must be
+
+    return step
+
+
+def eager_loss(
+    student_h: Tensor, student_w: Tensor, teacher_h: Tensor, teacher_w: Tensor, labels: Tensor, loss: Loss
+) -> Tensor:
+    """What people write: whole logits, made in the inputs' dtype and then cast to fp32, and torch's losses."""
+    student_logits = F.linear(student_h, student_w).float()
+    with torch.no_grad():
+        log_p = F.log_softmax(F.linear(teacher_h, teacher_w).float() / loss.temperature, -1)
+    log_q = F.log_softmax(student_logits / loss.temperature, -1)
+    if loss.divergence == "forward_kl":
+        divergence = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    else:
+        beta = loss.beta
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        from_p = F.kl_div(log_m, log_p, reduction="batchmean", log_target=True)
+        divergence = beta * from_p + (1 - beta) * F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)
+    total = loss.alpha * loss.temperature**2 * divergence
+    return total if loss.alpha == 1.0 else total + (1 - loss.alpha) * F.cross_entropy(student_logits, labels)
+
+
+def eager(inputs: Inputs, loss: Loss) -> Callable[[], Tensor]:
+    """Plain torch."""
+    return lambda: eager_loss(*inputs.positional(), loss)
+
+
+def compiled_eager(inputs: Inputs, loss: Loss) -> Callable[[], Tensor]:
+    """Plain torch under torch.compile, for this very shape."""
+    torch.compiler.reset()
+    function = torch.compile(eager_loss, dynamic=False)
+    return lambda: function(*inputs.positional(), loss)
+
+
+TOKENS = Contender("ours (tokens)", ours("tokens"), countable=_tokens_in_sight)
+VOCAB = Contender("ours (vocab)", ours("vocab"), countable=_vocab_in_sight)
+SMALL_VOCAB = Contender("ours (vocab, 256 MiB)", ours("vocab", SMALL_CHUNK_BYTES), uncounted=True)
+VECTORS = Contender("ours (cached vectors)", ours_from_vectors, uncounted=True)
+BARE_GEMMS = Contender("bare GEMMs", bare_gemms)
+EAGER = Contender("eager torch", eager)
+COMPILED = Contender("torch.compile", compiled_eager, uncounted=True, compiles=True)
+TRL = Contender("TRL chunked divergence", peers.trl_chunked_divergence, install="trl==1.16.0")
+LIGER_FUSED = Contender("Liger fused JSD", peers.liger_fused_jsd, install="liger-kernel==0.8.5")
+LIGER_FUSED_FP32 = Contender("Liger fused JSD, fp32 dW", peers.liger_fused_jsd_fp32, install="liger-kernel==0.8.5")
+LIGER_CHUNKED = Contender(
+    "Liger chunked JSD", peers.liger_chunked_jsd, install="liger-kernel==0.8.5", compiles=torch.cuda.is_available()
+)

@@ -1,0 +1,181 @@
+"""Forward and backward of the distillation loss: ours, the bare matrix products, plain torch and the peers.
+
+``pytest bench/ --benchmark-only`` runs it on a GPU where there is one, else at a small size on one CPU thread. Every
+line is measured in turn with the bare products. A contender that is not installed is skipped, one that runs out of
+memory is reported as that, and one that fails spoils no other line. TRSD_BENCH_SECONDS ends a run early: the lines that
+the targets need come first, those that compile for long last.
+"""
+
+import statistics
+import traceback
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from bench import contenders as c
+from bench.measure import Run, compare
+from bench.record import Line, Results
+from bench.shapes import CE_JSD, CE_KL, CPU_SHAPES, GPU_SHAPES, JSD, KL, Loss, Shape, draw
+
+ON_GPU = torch.cuda.is_available()
+DEVICE, DTYPE, SHAPES = ("cuda", torch.bfloat16, GPU_SHAPES) if ON_GPU else ("cpu", torch.float32, CPU_SHAPES)
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="a target for a GPU, and there is no CUDA device")
+needs_no_gpu = pytest.mark.skipif(ON_GPU, reason="a promise for a CPU; the targets judge a GPU")
+unused_is_fine = pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
+
+# Losses without cross-entropy are those of the peers that have none.
+GROUPS: dict[tuple[Loss, bool], tuple[c.Contender, ...]] = {
+    (CE_KL, True): (c.TOKENS, c.VOCAB, c.BARE_GEMMS, c.EAGER, c.COMPILED, c.LIGER_CHUNKED),
+    (KL, True): (c.TOKENS, c.TRL, c.LIGER_FUSED, c.LIGER_FUSED_FP32, c.SMALL_VOCAB),
+    (CE_KL, False): (c.TOKENS, c.VOCAB, c.BARE_GEMMS, c.EAGER, c.VECTORS),
+    (CE_JSD, True): (c.TOKENS, c.VOCAB, c.EAGER, c.COMPILED, c.LIGER_CHUNKED),
+    (KL, False): (c.TOKENS, c.TRL, c.VECTORS),
+    (JSD, True): (c.TOKENS, c.TRL, c.LIGER_FUSED, c.LIGER_FUSED_FP32),
+}
+GPU_ONLY = (c.SMALL_VOCAB, c.LIGER_FUSED, c.LIGER_FUSED_FP32)
+TARGET_GROUPS = ((CE_KL, True), (KL, True))
+
+
+class Case(NamedTuple):
+    """One line to measure."""
+
+    shape: Shape
+    loss: Loss
+    head_is_trained: bool
+    contender: c.Contender
+
+    def line(self, **measured: object) -> Line:
+        head = "trained" if self.head_is_trained else "frozen"
+        dtype = str(DTYPE).removeprefix("torch.")
+        return Line(*self.shape, dtype, self.loss.name, head, self.contender.name, **measured)
+
+    def __str__(self) -> str:
+        line = self.line()
+        return f"{line.num_tokens}x{line.vocab_size}-{line.loss}-{line.head}-{line.contender}"
+
+
+def _is_worth_its_time(shape: Shape, loss: Loss, contender: c.Contender) -> bool:
+    """A compiled JSD is measured at the first shape alone, and so is everything on a CPU."""
+    if not ON_GPU:
+        return shape == SHAPES[0] and contender not in GPU_ONLY
+    return shape == SHAPES[0] or not (contender.compiles and loss is CE_JSD)
+
+
+def all_cases() -> list[Case]:
+    cases = [
+        Case(shape, *group, contender)
+        for group, members in GROUPS.items()
+        for shape in SHAPES
+        for contender in members
+        if _is_worth_its_time(shape, group[0], contender)
+    ]
+    return sorted(cases, key=lambda case: case[1:3] not in TARGET_GROUPS)
+
+
+@unused_is_fine
+@pytest.mark.parametrize("case", [case for case in all_cases() if not case.contender.compiles], ids=str)
+def test_forward_and_backward(case, benchmark, results, out_of_time):
+    measure_line(case, benchmark, results, out_of_time)
+
+
+def measure_line(case: Case, benchmark: Callable, results: Results, out_of_time: Callable[[], bool]) -> None:
+    """Add the case's line to the results, whatever becomes of it."""
+    if out_of_time():
+        pytest.skip(f"{case}: TRSD_BENCH_SECONDS have passed")
+    benchmark.group = f"{case.shape.num_tokens} tokens, {case.loss.name}, trained head: {case.head_is_trained}"
+    missing = out_of_memory = False
+    try:
+        inputs = draw(case.shape, device=DEVICE, dtype=DTYPE, head_is_trained=case.head_is_trained)
+        measured = compare(benchmark, case.contender, inputs, case.loss)
+    except ImportError as error:
+        missing = str(error)
+    except torch.OutOfMemoryError:
+        out_of_memory = True
+    except Exception as error:
+        results.add(case.line(outcome=f"failed: {type(error).__name__}: {str(error)[:80]!r}"))
+        traceback.clear_frames(error.__traceback__)  # or its tensors would take the memory of the lines that follow
+        raise
+    if missing:
+        results.add(case.line(outcome=f"not measured: pip install {case.contender.install}"))
+        pytest.skip(f"{case.contender.name} is not installed: pip install {case.contender.install} ({missing})")
+    if out_of_memory:
+        results.add(case.line(outcome="out of memory"))
+        pytest.skip(f"{case}: out of memory, which is its result")
+    results.add(case.line(**measured))
+
+
+class Target(NamedTuple):
+    """Our time or memory is at most ``limit`` times the best of others', or of the bare products' (no others)."""
+
+    num_tokens: int
+    loss: Loss
+    quantity: str
+    limit: float
+    others: tuple[c.Contender, ...] = ()
+    ours: c.Contender = c.TOKENS
+
+    def __str__(self) -> str:
+        others = self.others[0].name if self.others else "bare GEMMs"
+        return f"{self.num_tokens} {self.loss.name}: {self.quantity} of {self.ours.name} <= {self.limit:.2f} x {others}"
+
+    def lines(self, results: Results) -> tuple[Line | None, list[Line]]:
+        """(our line, the others' lines), as far as they were measured."""
+        ours, *others = (
+            results.find(self.num_tokens, self.loss.name, "trained", contender.name)
+            for contender in (self.ours, *self.others)
+        )
+        return ours, [line for line in others if line]
+
+    def reached(self, ours: Line, others: list[Line]) -> float:
+        """Measured, as a multiple. Times are compared by their ratios to the bare products run in turn with each."""
+        if self.quantity == "memory":
+            return ours.peak_bytes / min(line.peak_bytes for line in others)
+        return ours.time_ratio / min([line.time_ratio for line in others], default=1.0)
+
+
+LIGER = (c.LIGER_FUSED, c.LIGER_FUSED_FP32)
+TARGETS = [Target(512, CE_KL, "time", 1.5)] + [
+    target
+    for num_tokens in (4096, 8192)
+    for target in (
+        Target(num_tokens, CE_KL, "time", 1.15),
+        Target(num_tokens, KL, "time", 1 / 1.5, (c.TRL,)),
+        Target(num_tokens, KL, "time", 1 / 3, LIGER),
+        Target(num_tokens, KL, "memory", 1.0, (c.TRL,)),
+        Target(num_tokens, KL, "memory", 1.0, LIGER),
+        Target(num_tokens, KL, "memory", 1.0, (c.TRL,), c.SMALL_VOCAB),
+        Target(num_tokens, KL, "memory", 1.0, LIGER, c.SMALL_VOCAB),
+    )
+]
+
+
+@needs_gpu
+@unused_is_fine
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_target(target, benchmark, results):
+    ours, others = target.lines(results)
+    if ours is None:
+        pytest.fail(f"{target}: ours was not measured")
+    if target.others and not others:
+        pytest.skip(f"{target}: {target.others[0].name} was not measured (pip install {target.others[0].install})")
+    reached = target.reached(ours, others)
+    assert reached <= target.limit, f"{target}: reached {reached:.2f}\n{results.table()}"
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("shape", CPU_SHAPES, ids=lambda shape: f"{shape.num_tokens}x{shape.vocab_size}")
+def test_on_a_cpu_ours_is_no_slower_than_eager_and_takes_a_quarter_of_its_memory(shape, benchmark):
+    inputs = draw(shape, device=DEVICE, dtype=DTYPE)
+    ours, eager = Run(c.TOKENS, inputs, CE_KL), Run(c.EAGER, inputs, CE_KL)
+    assert ours.peak_bytes() <= eager.peak_bytes() / 4
+    benchmark.group = f"{shape.num_tokens} tokens, ours in turn with eager"
+    benchmark.pedantic(ours.once, setup=eager.once, rounds=7, warmup_rounds=1)
+    assert statistics.median(ours.seconds) <= statistics.median(eager.seconds)
+
+
+@unused_is_fine
+@pytest.mark.parametrize("case", [case for case in all_cases() if case.contender.compiles], ids=str)
+def test_compiled_forward_and_backward(case, benchmark, results, out_of_time):
+    measure_line(case, benchmark, results, out_of_time)
