@@ -4,6 +4,7 @@ The same tests judge the Triton kernels: in the interpreter (started by ``test_i
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -453,6 +454,19 @@ def test_a_second_derivative_is_refused():
         case = make_case()
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(distill(case, plan=plan).loss, case.student_hidden_states, create_graph=True)
+
+
+@not_interpreted
+def test_a_forward_mode_derivative_is_refused():
+    case = make_case()
+    hidden = case.student_hidden_states.detach()
+    for plan in PLANS:
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            torch.func.jvp(
+                lambda h, plan=plan: distill(replace(case, student_hidden_states=h), plan=plan).loss,
+                (hidden,),
+                (torch.ones_like(hidden),),
+            )
 
 
 @not_interpreted

@@ -27,7 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from trsd_kernels.checks import check_chunks, check_distillation_inputs
-from trsd_kernels.linear_ops import chunk_length, linear_distill_tokens, linear_distill_vocab
+from trsd_kernels.linear_ops import (
+    chunk_length,
+    linear_distill_tokens,
+    linear_distill_vocab,
+    refuse_forward_mode,
+)
 from trsd_kernels.options import DistillOptions
 from trsd_kernels.reduction import LinearDistillationOutput, check_reduction, reduced_output, weights_and_items
 from trsd_kernels.row_state import TokenTerms
@@ -115,7 +120,8 @@ def fused_linear_distillation(
         student_lm_head_bias, teacher_lm_head_bias: [vocab_size]; the student's is differentiable.
         token_weights: [num_tokens] floating, 1 for all when None; never receives a gradient.
         num_items_in_batch: what the weighted sum is divided by, a number or a scalar tensor: the whole optimizer
-            step's sum of weights when micro-batches or ranks share it. None: this call's own sum of weights.
+            step's sum of weights when micro-batches or ranks share it. None: this call's own sum of weights. Where
+            it is 0, so are loss and gradients.
         reduction: "mean" (over ``num_items_in_batch``), "sum", or "none" for [num_tokens] differentiable losses.
         plan: "auto", "tokens" or "vocab"; see the module.
         chunk_size: at most so many rows (plan ``tokens``) or vocabulary entries (plan ``vocab``) at a time.
@@ -130,6 +136,7 @@ def fused_linear_distillation(
     Raises:
         ValueError: a shape, dtype, device, vocabulary or range that does not fit, with what to do.
         TypeError: a keyword that is no option.
+        RuntimeError: a second or a forward-mode derivative.
     """
     settings = DistillOptions(**options)
     execution = Execution(reduction, plan, chunk_size, chunk_bytes)
@@ -155,6 +162,7 @@ def _distill(
     encoded_options: str,
 ) -> LinearDistillationOutput:
     """Check the tensors, choose the plan, call its op, reduce its terms."""
+    refuse_forward_mode(*inputs)
     check_reduction(execution.reduction, num_items_in_batch)
     check_distillation_inputs(**inputs._asdict(), options=options)
     if options.alpha == 0.0:

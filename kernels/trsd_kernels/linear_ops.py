@@ -2,12 +2,13 @@
 
 ``trsd::linear_distill_tokens`` makes its gradients in the forward, for a scalar loss. ``trsd::linear_distill_vocab``
 gives differentiable per-token terms; its backward is an op of its own. Options travel as ``DistillOptions.encode()``;
-which gradients are wanted is explicit. A gradient not wanted is an empty tensor. Neither supports a second derivative,
-and both say so.
+which gradients are wanted is explicit. A gradient not wanted is an empty tensor. Neither has a second derivative or one
+in forward mode, and both say so.
 """
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import custom_op
 
 from trsd_kernels.options import DistillOptions
@@ -84,6 +85,16 @@ def refuse_second_derivative() -> None:
         raise RuntimeError(
             "a fused distillation loss has no second derivative: call backward without create_graph, or compute the "
             "loss from whole logits with trsd_kernels.reference"
+        )
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise for a dual tensor: its tangent would end here unseen."""
+    if torch.compiler.is_compiling():
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            "a fused distillation loss has no forward-mode derivative (jvp): use backward or torch.func.vjp"
         )
 
 

@@ -19,7 +19,7 @@ from trsd_kernels.checks import (
     check_same_device,
     check_token_weights,
 )
-from trsd_kernels.linear_ops import refuse_second_derivative
+from trsd_kernels.linear_ops import refuse_forward_mode, refuse_second_derivative
 from trsd_kernels.options import DistillOptions
 from trsd_kernels.products import rows_class, triton_interpreted
 from trsd_kernels.reduction import LinearDistillationOutput, check_reduction, reduced_output, weights_and_items
@@ -152,6 +152,7 @@ def fused_distillation(
         TypeError: a keyword that is no option.
     """
     settings = DistillOptions(**options)
+    refuse_forward_mode(student_logits, teacher_logits)
     check_reduction(reduction, num_items_in_batch)
     check_logits(student_logits, teacher_logits)
     if teacher_logits is None and settings.alpha > 0.0:

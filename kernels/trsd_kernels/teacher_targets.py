@@ -33,7 +33,7 @@ from trsd_kernels.checks import (
     check_token_weights,
 )
 from trsd_kernels.linear_distill import autocast_dtype
-from trsd_kernels.linear_ops import chunk_length
+from trsd_kernels.linear_ops import chunk_length, refuse_forward_mode
 from trsd_kernels.options import DistillOptions
 from trsd_kernels.products import accumulator_dtype, product, product_dtype
 from trsd_kernels.reduction import LinearDistillationOutput, check_reduction, reduced_output, weights_and_items
@@ -307,6 +307,7 @@ def _distill_from(
     reduction, chunk_size, chunk_bytes = execution
     names = targets._fields[:-1]
     *targets, temperature = targets
+    refuse_forward_mode(*student)
     check_reduction(reduction, num_items_in_batch)
     check_chunks(chunk_size, chunk_bytes)
     if reduction == "none":
