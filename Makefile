@@ -21,6 +21,7 @@ bench: .venv/installed-test
 # Only files that hold GPU tests are collected, for others import what such a machine need not have.
 GPU_PYTHON = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
 gpu:
+	@$(PYTHON) -c 'import torch' 2>/dev/null || { echo "make gpu: $(PYTHON) has no torch (PYTHON=... takes another)"; exit 1; }
 	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu: torch finds no CUDA device")'
 	@status=0; \
 	$(GPU_PYTHON) -c 'import torch, triton; print(torch.cuda.get_device_name(), torch.__version__, triton.__version__)'; \
