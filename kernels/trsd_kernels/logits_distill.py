@@ -1,8 +1,9 @@
 """The distillation loss of two tensors of logits that already exist: row kernels alone, no product.
 
 Forward reads each logit once (twice for divergences from a mixture) and keeps 64 bytes a row; backward reads them
-again and writes the gradient, into a new tensor or into the student's own. Nothing else of [num_tokens, vocab_size] is
-made. Loss and per-token losses are differentiable for the student's logits.
+again and writes the gradient, into a new tensor or into the student's own. The kernels make nothing else of
+[num_tokens, vocab_size]; plain torch, without a GPU, takes copies. Loss and per-token losses are differentiable for the
+student's logits.
 """
 
 import math
