@@ -72,7 +72,8 @@ def test_compiles_with_transposed_inputs(plan, ignored):
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("as_module", [True, False])
-def test_one_compilation_serves_every_length(as_module, plan):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_compilation_serves_every_length(as_module, plan, dtype):
     options = dict(divergence="jsd", alpha=0.3, plan=plan)
     module = FusedLinearDistillation(**options)
 
@@ -81,10 +82,13 @@ def test_one_compilation_serves_every_length(as_module, plan):
         return module(**tensors) if as_module else fused_linear_distillation(**tensors, **options)
 
     for num_tokens in (5, 9, 13):
-        case = make_case(num_tokens, dtype=torch.float32)
+        case = make_case(num_tokens, dtype=dtype)
         eager = fused_linear_distillation(**case.tensors(), **options).loss
+        wanted = gradients(case, eager)
         with torch._dynamo.config.patch(error_on_recompile=num_tokens > 5):
-            torch.testing.assert_close(compiled(**case.tensors()).loss, eager)
+            loss = compiled(**case.tensors()).loss
+            torch.testing.assert_close(loss, eager)
+            torch.testing.assert_close(gradients(case, loss), wanted)
 
 
 @pytest.mark.parametrize("op", [linear_distill_tokens, linear_distill_vocab])

@@ -76,6 +76,24 @@ def test_rows_that_are_views_of_wider_ones(device, vocab, divergence):
     assert (view.grad.cpu().double() - gradient).norm() <= 1e-5 * max(gradient.norm().item(), 0.1)  # one token: 0
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_ignored_and_weightless_rows_are_inert_even_when_they_are_nan(device, divergence):
+    student, teacher, labels = make_logits(device=device)
+    weights = torch.ones(len(labels), device=device)
+    weights[5] = 0
+    options = dict(token_weights=weights, divergence=divergence)
+    clean = fused_distillation(student, teacher, labels, **options)
+    clean.loss.backward()
+    expected, student.grad = student.grad, None
+    with torch.no_grad():
+        student[[3, 5]] = torch.nan
+        teacher[[3, 5]] = torch.nan
+    out = fused_distillation(student, teacher, labels, **options)
+    out.loss.backward()
+    assert out.loss == clean.loss
+    assert torch.equal(student.grad, expected)
+
+
 def test_teacher_of_another_dtype(device):
     student, teacher, labels = make_logits(device=device)
     half = fused_distillation(student, teacher.half(), labels).loss

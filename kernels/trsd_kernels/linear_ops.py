@@ -6,6 +6,8 @@ which gradients are wanted is explicit. A gradient not wanted is an empty tensor
 in forward mode, and both say so.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -58,8 +60,68 @@ def operand_dtypes(
     return {"student_dtype": student, "teacher_dtype": teacher}
 
 
-def _teacher_head(hidden_states: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Head | None:
-    return None if hidden_states is None else Head(hidden_states, weight, bias)
+class Call(NamedTuple):
+    """The arguments of an op, in the order of its schema; ``weights`` are divided by the number of items already."""
+
+    student_hidden_states: Tensor
+    student_weight: Tensor
+    student_bias: Tensor | None
+    teacher_hidden_states: Tensor | None
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    labels: Tensor
+    weights: Tensor
+    encoded_options: str
+    chunk_size: int | None
+    chunk_bytes: int | None
+    autocast_dtype: torch.dtype | None
+    needs_hidden_states: bool
+    needs_weight: bool
+    needs_bias: bool
+
+    @property
+    def options(self) -> DistillOptions:
+        return DistillOptions.decode(self.encoded_options)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(*self[-3:])
+
+    @property
+    def student(self) -> Head:
+        return Head(*self[:3])
+
+    @property
+    def teacher(self) -> Head | None:
+        return None if self.teacher_hidden_states is None else Head(*self[3:6])
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return operand_dtypes(
+            self.student_hidden_states,
+            self.student_weight,
+            self.teacher_hidden_states,
+            self.teacher_weight,
+            self.autocast_dtype,
+        )
+
+    def rows(self) -> Tensor | None:
+        """The supervised ones; see ``supervised_rows``."""
+        return supervised_rows(
+            self.labels,
+            self.weights,
+            vocab_size=self.student_weight.shape[0],
+            ignore_index=self.options.ignore_index,
+        )
+
+
+SCHEMA_STUDENT = "Tensor student_hidden_states, Tensor student_weight, Tensor? student_bias"
+SCHEMA_REST = (
+    "Tensor labels, Tensor weights, str encoded_options, int? chunk_size, int? chunk_bytes, "
+    "ScalarType? autocast_dtype, bool needs_hidden_states, bool needs_weight, bool needs_bias"
+)
+_SCHEMA_TEACHER = "Tensor? teacher_hidden_states, Tensor? teacher_weight, Tensor? teacher_bias"
+_SCHEMA = f"{SCHEMA_STUDENT}, {_SCHEMA_TEACHER}, {SCHEMA_REST}"
 
 
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -98,52 +160,38 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
         )
 
 
-@custom_op("trsd::linear_distill_tokens", mutates_args=(), tags=TAGS)
-def linear_distill_tokens(
-    student_hidden_states: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden_states: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    labels: Tensor,
-    weights: Tensor,
-    encoded_options: str,
-    chunk_size: int | None,
-    chunk_bytes: int | None,
-    autocast_dtype: torch.dtype | None,
-    needs_hidden_states: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, TokenTerms [5, num_tokens], dh, dw, db); ``weights`` are divided by the number of items already."""
-    options = DistillOptions.decode(encoded_options)
-    dtypes = operand_dtypes(
-        student_hidden_states, student_weight, teacher_hidden_states, teacher_weight, autocast_dtype
-    )
-    vocab_size, state_dtype = student_weight.shape[0], accumulator_dtype(dtypes["student_dtype"])
-    rows = supervised_rows(labels, weights, vocab_size=vocab_size, ignore_index=options.ignore_index)
-    with torch.autocast(labels.device.type, enabled=False):
+@custom_op(
+    "trsd::linear_distill_tokens",
+    mutates_args=(),
+    schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=TAGS,
+)
+def linear_distill_tokens(*arguments):
+    """(loss, TokenTerms [5, num_tokens], dh, dw, db) of a ``Call``."""
+    call = Call(*arguments)
+    dtypes = call.dtypes
+    vocab_size, state_dtype = call.student_weight.shape[0], accumulator_dtype(dtypes["student_dtype"])
+    with torch.autocast(call.labels.device.type, enabled=False):
         result = TokenPlan(
-            Head(student_hidden_states, student_weight, student_bias),
-            _teacher_head(teacher_hidden_states, teacher_weight, teacher_bias),
-            labels,
-            weights,
-            rows,
-            options,
-            Needs(needs_hidden_states, needs_weight, needs_bias),
-            chunk=chunk_size or chunk_length(vocab_size, state_dtype, labels.device, chunk_bytes),
+            call.student,
+            call.teacher,
+            call.labels,
+            call.weights,
+            call.rows(),
+            call.options,
+            call.needs,
+            chunk=call.chunk_size or chunk_length(vocab_size, state_dtype, call.labels.device, call.chunk_bytes),
             **dtypes,
         ).run()
     gradients = (result.grad_hidden_states, result.grad_weight, result.grad_bias)
-    return result.loss, result.terms, *(or_empty(gradient, student_hidden_states) for gradient in gradients)
+    return result.loss, result.terms, *(or_empty(gradient, call.student_hidden_states) for gradient in gradients)
 
 
 @linear_distill_tokens.register_fake
-def _(student_hidden_states, student_weight, student_bias, *rest):
-    labels, weights, needs = rest[3], rest[4], Needs(*rest[-3:])
-    terms = weights.new_empty(len(TokenTerms._fields), labels.shape[0])
-    return weights.new_empty(()), terms, *empty_gradients(student_hidden_states, student_weight, student_bias, needs)
+def _(*arguments):
+    call = Call(*arguments)
+    terms = call.weights.new_empty(len(TokenTerms._fields), call.labels.shape[0])
+    return call.weights.new_empty(()), terms, *empty_gradients(*call.student, call.needs)
 
 
 def tokens_setup(ctx, inputs, output) -> None:
@@ -158,9 +206,10 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * factor, rounded once; a factor rounded to bf16 first would be off by up to 0.4 %."""
     if gradient.dtype not in HALF:
         return (gradient * factor.to(gradient.dtype)).to(dtype)
+    if gradient.numel() <= SCALED_ELEMENTS:
+        return (gradient.float() * factor).to(dtype)
     out = torch.empty_like(gradient, dtype=dtype)
-    rows = len(gradient) if torch.compiler.is_compiling() else SCALED_ELEMENTS // max(1, gradient[:1].numel())
-    for part in row_chunks(len(gradient), max(1, rows)):
+    for part in row_chunks(len(gradient), max(1, SCALED_ELEMENTS // gradient[:1].numel())):
         out[part] = gradient[part].float() * factor
     return out
 
@@ -177,137 +226,68 @@ def tokens_backward(ctx, grad_loss, *_):
 linear_distill_tokens.register_autograd(tokens_backward, setup_context=tokens_setup)
 
 
-def _sweep(
-    student_hidden_states: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden_states: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    labels: Tensor,
-    weights: Tensor,
-    encoded_options: str,
-    chunk_size: int | None,
-    chunk_bytes: int | None,
-    autocast_dtype: torch.dtype | None,
-) -> tuple[VocabSweep, Tensor | None]:
+def _sweep(call: Call) -> tuple[VocabSweep, Tensor | None]:
     """The sweep over the supervised rows, and which rows those are."""
-    options = DistillOptions.decode(encoded_options)
-    dtypes = operand_dtypes(
-        student_hidden_states, student_weight, teacher_hidden_states, teacher_weight, autocast_dtype
-    )
-    rows = supervised_rows(labels, weights, vocab_size=student_weight.shape[0], ignore_index=options.ignore_index)
-    student = Head(student_hidden_states, student_weight, student_bias)
-    teacher = _teacher_head(teacher_hidden_states, teacher_weight, teacher_bias)
+    student, teacher, labels, dtypes, rows = call.student, call.teacher, call.labels, call.dtypes, call.rows()
     if rows is not None:
         student, teacher, labels = student.on_rows(rows), teacher and teacher.on_rows(rows), labels[rows]
-    chunk = chunk_size or chunk_length(
-        len(labels), accumulator_dtype(dtypes["student_dtype"]), labels.device, chunk_bytes
-    )
-    return VocabSweep(student, teacher, labels, options, chunk=chunk, **dtypes), rows
+    state_dtype = accumulator_dtype(dtypes["student_dtype"])
+    chunk = call.chunk_size or chunk_length(len(labels), state_dtype, labels.device, call.chunk_bytes)
+    return VocabSweep(student, teacher, labels, call.options, chunk=chunk, **dtypes), rows
 
 
-@custom_op("trsd::linear_distill_vocab", mutates_args=(), tags=TAGS)
-def linear_distill_vocab(
-    student_hidden_states: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden_states: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    labels: Tensor,
-    weights: Tensor,
-    encoded_options: str,
-    chunk_size: int | None,
-    chunk_bytes: int | None,
-    autocast_dtype: torch.dtype | None,
-    needs_hidden_states: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@custom_op(
+    "trsd::linear_distill_vocab",
+    mutates_args=(),
+    schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=TAGS,
+)
+def linear_distill_vocab(*arguments):
     """(cross-entropy [num_tokens], divergence [num_tokens], the other TokenTerms [3, num_tokens], state)."""
-    with torch.autocast(labels.device.type, enabled=False):
-        sweep, rows = _sweep(
-            student_hidden_states,
-            student_weight,
-            student_bias,
-            teacher_hidden_states,
-            teacher_weight,
-            teacher_bias,
-            labels,
-            weights,
-            encoded_options,
-            chunk_size,
-            chunk_bytes,
-            autocast_dtype,
-        )
+    call = Call(*arguments)
+    with torch.autocast(call.labels.device.type, enabled=False):
+        sweep, rows = _sweep(call)
         state = sweep.state()
         sweep.add_mixture(state)
-    terms = scatter_rows(torch.stack(finish(state, sweep.options)), rows, len(labels))
-    return terms[0].clone(), terms[1].clone(), terms[2:].clone(), scatter_rows(state, rows, len(labels))
+    num_tokens = len(call.labels)
+    terms = scatter_rows(torch.stack(finish(state, sweep.options)), rows, num_tokens)
+    return terms[0].clone(), terms[1].clone(), terms[2:].clone(), scatter_rows(state, rows, num_tokens)
 
 
 @linear_distill_vocab.register_fake
-def _(student_hidden_states, student_weight, student_bias, *rest):
-    num_tokens, weights = rest[3].shape[0], rest[4]
-    others = weights.new_empty(len(TokenTerms._fields) - 2, num_tokens)
-    state = weights.new_empty(NUM_FIELDS, num_tokens)
-    return weights.new_empty(num_tokens), weights.new_empty(num_tokens), others, state
+def _(*arguments):
+    call = Call(*arguments)
+    num_tokens, new = call.labels.shape[0], call.weights.new_empty
+    return new(num_tokens), new(num_tokens), new(len(TokenTerms._fields) - 2, num_tokens), new(NUM_FIELDS, num_tokens)
 
 
-@custom_op("trsd::linear_distill_vocab_backward", mutates_args=(), tags=TAGS)
-def linear_distill_vocab_backward(
-    grad_terms: Tensor,
-    state: Tensor,
-    student_hidden_states: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden_states: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    labels: Tensor,
-    weights: Tensor,
-    encoded_options: str,
-    chunk_size: int | None,
-    chunk_bytes: int | None,
-    autocast_dtype: torch.dtype | None,
-    needs_hidden_states: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@custom_op(
+    "trsd::linear_distill_vocab_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_terms, Tensor state, {_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    tags=TAGS,
+)
+def linear_distill_vocab_backward(grad_terms, state, *arguments):
     """(dh, dw, db) for upstream gradients ``grad_terms`` [2, num_tokens] of cross-entropy and divergence."""
-    with torch.autocast(labels.device.type, enabled=False):
-        sweep, rows = _sweep(
-            student_hidden_states,
-            student_weight,
-            student_bias,
-            teacher_hidden_states,
-            teacher_weight,
-            teacher_bias,
-            labels,
-            weights,
-            encoded_options,
-            chunk_size,
-            chunk_bytes,
-            autocast_dtype,
-        )
+    call = Call(*arguments)
+    with torch.autocast(call.labels.device.type, enabled=False):
+        sweep, rows = _sweep(call)
         if rows is not None:
             grad_terms, state = grad_terms[:, rows], state[:, rows]
-        needs = Needs(needs_hidden_states, needs_weight, needs_bias)
-        gradients = sweep.gradients(state.contiguous(), grad_terms.to(state.dtype), needs)
-    dh = gradients.hidden_states
+        dh, dw, db = sweep.gradients(state.contiguous(), grad_terms.to(state.dtype), call.needs)
     if dh is not None:
-        dh = dh.to(gradient_dtype(student_hidden_states.dtype))
+        dh = dh.to(gradient_dtype(call.student_hidden_states.dtype))
         if rows is not None:
-            full = dh.new_zeros(student_hidden_states.shape)
+            full = dh.new_zeros(call.student_hidden_states.shape)
             full[rows] = dh
             dh = full
-    return tuple(or_empty(gradient, student_hidden_states) for gradient in (dh, gradients.weight, gradients.bias))
+    return tuple(or_empty(gradient, call.student_hidden_states) for gradient in (dh, dw, db))
 
 
 @linear_distill_vocab_backward.register_fake
-def _(grad_terms, state, student_hidden_states, student_weight, student_bias, *rest):
-    return empty_gradients(student_hidden_states, student_weight, student_bias, Needs(*rest[-3:]))
+def _(grad_terms, state, *arguments):
+    call = Call(*arguments)
+    return empty_gradients(*call.student, call.needs)
 
 
 def _vocab_setup(ctx, inputs, output) -> None:

@@ -5,13 +5,24 @@ made (plan vectors: beside it two half-precision pieces of it where products run
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from trsd_kernels.linear_ops import TAGS, chunk_length, empty_gradients, or_empty, tokens_backward, tokens_setup
+from trsd_kernels.linear_ops import (
+    SCHEMA_REST,
+    SCHEMA_STUDENT,
+    TAGS,
+    Call,
+    chunk_length,
+    empty_gradients,
+    or_empty,
+    tokens_backward,
+    tokens_setup,
+)
 from trsd_kernels.options import DistillOptions, SoftmaxOptions
 from trsd_kernels.products import (
     HALF,
@@ -65,7 +76,7 @@ def accurate_product(left: Tensor, weight: Tensor) -> Tensor:
     return result.add_(product(left.sub_(coarse).to(weight.dtype), weight))
 
 
-class _CachedPlan:
+class _CachedPlan(ABC):
     """What both plans share: the student's side, its rows, and the walk over chunks.
 
     Args:
@@ -122,6 +133,7 @@ class _CachedPlan:
         loss = (counted[0] * terms[0]).sum() + (counted[1] * terms[1]).sum()
         return loss, scatter_rows(terms, self.rows, self.num_tokens), sums, scale.undo
 
+    @abstractmethod
     def chunk_terms(
         self,
         hidden: Tensor,
@@ -134,7 +146,6 @@ class _CachedPlan:
         undo: Tensor | None,
     ) -> TokenTerms:
         """Terms of one chunk; its gradients go into ``sums``."""
-        raise NotImplementedError
 
     def softmax_rows(self, logits: Tensor) -> tuple[TorchRows, Tensor]:
         """The row passes over raw student logits, no label among them, and their complete state."""
@@ -246,93 +257,45 @@ class VectorPlan(_CachedPlan):
         )
 
 
-def _run(plan: _CachedPlan, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(like.device.type, enabled=False):
+def _run(plan_class: type[_CachedPlan], targets_class: type, arguments: tuple) -> tuple[Tensor, ...]:
+    """(loss, TokenTerms [5, num_tokens], dh, dw, db) of an op's arguments: student, targets, the rest of a ``Call``."""
+    count = len(targets_class._fields)
+    call = Call(*arguments[:3], None, None, None, *arguments[3 + count :])
+    plan = plan_class(
+        call.student,
+        targets_class(*arguments[3 : 3 + count]),
+        call.labels,
+        call.weights,
+        call.options,
+        call.needs,
+        chunk_size=call.chunk_size,
+        chunk_bytes=call.chunk_bytes,
+        autocast_dtype=call.autocast_dtype,
+    )
+    with torch.autocast(call.labels.device.type, enabled=False):
         loss, terms, sums, undo = plan.run()
         gradients = sums.results(undo)
-    return loss, terms, *(or_empty(gradient, like) for gradient in gradients)
+    return loss, terms, *(or_empty(gradient, call.student_hidden_states) for gradient in gradients)
 
 
-@custom_op("trsd::distill_top_k", mutates_args=(), tags=TAGS)
-def distill_top_k(
-    student_hidden_states: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    token_ids: Tensor,
-    log_probs: Tensor,
-    tail_log_mass: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    encoded_options: str,
-    chunk_size: int | None,
-    chunk_bytes: int | None,
-    autocast_dtype: torch.dtype | None,
-    needs_hidden_states: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, TokenTerms [5, num_tokens], dh, dw, db)."""
-    plan = TopKPlan(
-        Head(student_hidden_states, student_weight, student_bias),
-        TopK(token_ids, log_probs, tail_log_mass),
-        labels,
-        weights,
-        DistillOptions.decode(encoded_options),
-        Needs(needs_hidden_states, needs_weight, needs_bias),
-        chunk_size=chunk_size,
-        chunk_bytes=chunk_bytes,
-        autocast_dtype=autocast_dtype,
-    )
-    return _run(plan, student_hidden_states)
+def _make_op(name: str, plan_class: type[_CachedPlan], targets_class: type):
+    """One plan as a dispatcher op, like those of ``linear_ops.py``."""
+    targets = ", ".join(f"Tensor {field}" for field in targets_class._fields)
+    schema = f"({SCHEMA_STUDENT}, {targets}, {SCHEMA_REST}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+
+    @custom_op(f"trsd::{name}", mutates_args=(), schema=schema, tags=TAGS)
+    def op(*arguments):
+        return _run(plan_class, targets_class, arguments)
+
+    @op.register_fake
+    def _(*arguments):
+        call = Call(*arguments[:3], None, None, None, *arguments[3 + len(targets_class._fields) :])
+        terms = call.weights.new_empty(len(TokenTerms._fields), call.labels.shape[0])
+        return call.weights.new_empty(()), terms, *empty_gradients(*call.student, call.needs)
+
+    op.register_autograd(tokens_backward, setup_context=tokens_setup)
+    return op
 
 
-@custom_op("trsd::distill_vectors", mutates_args=(), tags=TAGS)
-def distill_vectors(
-    student_hidden_states: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    vectors: Tensor,
-    entropy: Tensor,
-    mean_bias: Tensor,
-    top_token: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    encoded_options: str,
-    chunk_size: int | None,
-    chunk_bytes: int | None,
-    autocast_dtype: torch.dtype | None,
-    needs_hidden_states: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, TokenTerms [5, num_tokens], dh, nothing, nothing): the head is frozen."""
-    plan = VectorPlan(
-        Head(student_hidden_states, student_weight, student_bias),
-        Vectors(vectors, entropy, mean_bias, top_token),
-        labels,
-        weights,
-        DistillOptions.decode(encoded_options),
-        Needs(needs_hidden_states, needs_weight, needs_bias),
-        chunk_size=chunk_size,
-        chunk_bytes=chunk_bytes,
-        autocast_dtype=autocast_dtype,
-    )
-    return _run(plan, student_hidden_states)
-
-
-def _fake(num_targets: int):
-    def fake(student_hidden_states, student_weight, student_bias, *rest):
-        weights, needs = rest[num_targets + 1], Needs(*rest[-3:])
-        terms = weights.new_empty(len(TokenTerms._fields), weights.shape[0])
-        return (
-            weights.new_empty(()),
-            terms,
-            *empty_gradients(student_hidden_states, student_weight, student_bias, needs),
-        )
-
-    return fake
-
-
-for _op, _targets in ((distill_top_k, TopK), (distill_vectors, Vectors)):
-    _op.register_fake(_fake(len(_targets._fields)))
-    _op.register_autograd(tokens_backward, setup_context=tokens_setup)
+distill_top_k = _make_op("distill_top_k", TopKPlan, TopK)
+distill_vectors = _make_op("distill_vectors", VectorPlan, Vectors)
