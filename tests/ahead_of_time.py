@@ -24,7 +24,9 @@ class Compiled(NamedTuple):
     shared_bytes: int
 
 
-def compile_for(kernel, capability: int, arguments: dict, constants: dict, *, num_warps: int) -> Compiled:
+def compile_for(
+    kernel, capability: int, arguments: dict, constants: dict, *, num_warps: int, num_stages: int = 3
+) -> Compiled:
     """Compile ``kernel`` for ``sm_<capability>``.
 
     Args:
@@ -49,7 +51,11 @@ def compile_for(kernel, capability: int, arguments: dict, constants: dict, *, nu
     knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
     try:
         with contextlib.redirect_stdout(log):
-            built = compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=num_warps))
+            built = compile(
+                source,
+                target=GPUTarget("cuda", capability, 32),
+                options=dict(num_warps=num_warps, num_stages=num_stages),
+            )
     finally:
         knobs.nvidia.dump_ptxas_log, knobs.compilation.always_compile = before
 

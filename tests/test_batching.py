@@ -18,10 +18,10 @@ def test_packed_rows_hold_every_example_and_point_at_the_predicting_positions(si
     assert sum(batch.num_tokens for batch in batches) == sum(len(e.input_ids) for e in examples)
     assert sorted(i for batch in batches for i in batch.trace_indices) == list(range(len(examples)))
     for batch in batches:
-        assert batch.num_tokens <= 64 and int(batch.cu_seqlens[-1]) == batch.num_tokens
+        assert batch.num_tokens <= 64 and int(batch.layout.cu_seqlens[-1]) == batch.num_tokens
         # a label is the token after the one that predicts it
         assert (batch.input_ids[batch.rows] + 1 == batch.labels).all()
-        assert (batch.input_ids % 1000 == batch.position_ids).all()
+        assert (batch.input_ids % 1000 == batch.layout.position_ids).all()
 
 
 def test_stream_visits_every_trace_once_an_epoch_in_a_new_order():

@@ -7,7 +7,8 @@ triton = pytest.importorskip("triton")
 
 from ahead_of_time import SHARED_MEMORY_LIMIT, compile_for  # noqa: E402
 
-from trsd_kernels import DistillOptions, distill_rows, triton_rows  # noqa: E402
+from trsd_kernels import DistillOptions, attention_kernels, distill_rows, triton_rows  # noqa: E402
+from trsd_kernels.branch_attention import padded_head_dim, tilings  # noqa: E402
 
 MAX_REGISTERS = 128  # two programs of 8 warps fill a multiprocessor's 65,536
 ARGUMENTS = dict(
@@ -43,9 +44,17 @@ KERNELS = {
 }
 
 
+ATTENTION = [
+    attention_kernels._forward_kernel,
+    attention_kernels._query_gradient_kernel,
+    attention_kernels._key_gradient_kernel,
+]
+
+
 def test_every_kernel_of_the_package_is_compiled_here():
-    written = {name for name, value in vars(distill_rows).items() if name.endswith("_kernel") and callable(value)}
-    assert written == {kernel.fn.__name__ for kernel in KERNELS.values()}
+    modules = (distill_rows, attention_kernels)
+    written = {name for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
+    assert written == {kernel.fn.__name__ for kernel in [*KERNELS.values(), *ATTENTION]}
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY_LIMIT)
@@ -83,3 +92,54 @@ def test_a_spill_is_seen():
         num_warps=triton_rows.NUM_WARPS,
     )
     assert compiled.spill_bytes > 0
+
+
+def attention_argument(name, dtype):
+    """The type of a kernel's argument, by its name."""
+    if name.endswith("_ptr"):
+        half = {"lse_ptr": torch.float32, "delta_ptr": torch.float32}
+        integers = dict.fromkeys(["tiles_ptr", "prefix_ends_ptr", "positions_ptr"], torch.int32)
+        return (half | integers).get(name, dtype)
+    return "fp32" if name in ("scale", "softcap") else "i32"
+
+
+SLOW = pytest.mark.slow
+HEAD_DIMS = {
+    torch.bfloat16: [64, 96, 128, 256],
+    torch.float16: [pytest.param(n, marks=SLOW) for n in (64, 128, 256)],
+    torch.float32: [64, pytest.param(96, marks=SLOW), 128],
+}
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY_LIMIT)
+@pytest.mark.parametrize("extras", [(), pytest.param(("HAS_SOFTCAP", "HAS_WINDOW"), marks=SLOW)])
+@pytest.mark.parametrize(
+    "dtype,head_dim",
+    [
+        pytest.param(dtype, *getattr(head_dim, "values", [head_dim]), marks=getattr(head_dim, "marks", ()))
+        for dtype, head_dims in HEAD_DIMS.items()
+        for head_dim in head_dims
+    ],
+)
+def test_attention_kernels_compile_without_spills(dtype, head_dim, extras, capability):
+    for kernel, tiling in zip(ATTENTION, tilings(head_dim, dtype, capability // 10), strict=True):
+        compiled = compile_for(
+            kernel,
+            capability,
+            {name: attention_argument(name, dtype) for name in kernel.arg_names},
+            dict(
+                GROUP=4,
+                HAS_SOFTCAP="HAS_SOFTCAP" in extras,
+                HAS_WINDOW="HAS_WINDOW" in extras,
+                PRECISION="tf32x3" if dtype == torch.float32 else "tf32",
+                HEAD_DIM=head_dim,
+                BLOCK_D=padded_head_dim(head_dim),
+                BLOCK_M=tiling.block_m,
+                BLOCK_N=tiling.block_n,
+            ),
+            num_warps=tiling.num_warps,
+            num_stages=tiling.num_stages,
+        )
+        print(f"sm_{capability} {kernel.fn.__name__} {dtype} {head_dim} {tuple(tiling)}: {compiled}")
+        assert compiled.stack_bytes == compiled.spill_bytes == 0
+        assert compiled.shared_bytes <= SHARED_MEMORY_LIMIT[capability]

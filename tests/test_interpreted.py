@@ -10,7 +10,9 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", ["test_linear_distill.py", "test_logits_distill.py", "test_teacher_targets.py"])
+@pytest.mark.parametrize(
+    "name", ["test_linear_distill.py", "test_logits_distill.py", "test_teacher_targets.py", "test_branch_attention.py"]
+)
 def test_triton_kernels_in_the_interpreter(name):
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-x", "-m", "not gpu", "-p", "no:cacheprovider", str(HERE / name)]

@@ -8,14 +8,16 @@ from trsd.errors import InputError
 from trsd.models import (
     load_model,
     load_tokenizer,
+    logit_options,
     model_folder,
+    packed_attention_backend,
     packed_hidden_states,
     plain_attention,
     refuse_unsupported,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from trsd_kernels import cu_seqlens_of, position_ids_of
+from trsd_kernels import packed_layout
 
 SMALL = dict(
     vocab_size=640,
@@ -29,31 +31,104 @@ SMALL = dict(
 )
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama", "phi3", "mistral"])
-def test_packed_hidden_states_equal_each_sequence_alone(kind):
+# What each kind needs beside the sizes; Gemma's windows are shorter than the sequences.
+KINDS = {
+    "qwen2": {},
+    "qwen3": {},
+    "llama": {},
+    "mistral": dict(sliding_window=6),
+    "phi3": dict(sliding_window=7),
+    "gemma2": dict(sliding_window=5, attn_logit_softcapping=2.0, query_pre_attn_scalar=8),
+    "gemma3_text": dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8),
+}
+
+
+def small_model(kind, **extra):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **SMALL)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="sdpa").eval()
-    lengths = [5, 1, 11]
-    rows = [torch.randint(640, (length,)) for length in lengths]
-    alone = torch.cat([model.model(row[None]).last_hidden_state[0] for row in rows])
+    config = AutoConfig.for_model(kind, **(SMALL | KINDS.get(kind, {}) | extra))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        parameter.data *= 5.0  # far from uniform attention, so that what is wrong shows
+    return model
+
+
+def alone(model, sequence, monkeypatch):
+    """Final hidden states of one sequence by transformers' own attention, softmax in float64."""
+    softmax = torch.nn.functional.softmax
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))
+        return model.model(sequence[None], use_cache=False).last_hidden_state[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_rows_equal_each_sequence_alone(kind, monkeypatch):
+    model = small_model(kind)
+    layout = packed_layout([9, 1, 14], [[(4, 5), (9, 3), (0, 2)], [], [(13, 6)]])
+    ids = torch.randint(640, (layout.num_tokens,))
+    places = [layout.sequence(segment) for segment in range(layout.num_segments)]
+    separate = [alone(model, ids[place], monkeypatch) for place in places]
     model.set_attn_implementation("trsd_varlen")
-    packed = packed_hidden_states(model, torch.cat(rows), position_ids_of(lengths), cu_seqlens_of(lengths))
-    torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-6)
-    logits = model.lm_head(packed)
-    assert torch.equal(packed @ model.get_output_embeddings().weight.T, logits) or torch.allclose(
-        packed @ model.get_output_embeddings().weight.T, logits
-    )
+    packed = packed_hidden_states(model, ids, layout)
+    for place, hidden in zip(places, separate, strict=True):
+        torch.testing.assert_close(packed[place], hidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed @ model.get_output_embeddings().weight.T, model.lm_head(packed))
 
 
-def test_a_call_without_cu_seqlens_is_refused_instead_of_mixing_sequences(tiny_model):
-    with pytest.raises(ValueError, match="cu_seqlens"):
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+def test_packed_rows_survive_gradient_checkpointing(kind):
+    model = small_model(kind)
+    model.set_attn_implementation("trsd_varlen")
+    layout = packed_layout([9], [[(4, 5)]])
+    ids = torch.randint(640, (layout.num_tokens,))
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        loss = packed_hidden_states(model, ids, layout).square().sum()
+        gradients.append(torch.autograd.grad(loss, list(model.model.layers.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_call_without_a_layout_is_refused_instead_of_mixing_sequences(tiny_model):
+    with pytest.raises(ValueError, match="its layout"):
         tiny_model(torch.tensor([[1, 2, 3]]))
 
 
 def test_an_attention_mask_on_packed_rows_is_refused(tiny_model):
-    with pytest.raises(ValueError, match="cu_seqlens|attention_mask"):
-        tiny_model.model(torch.tensor([[1, 2]]), attention_mask=torch.ones(1, 1, 2, 2), cu_seqlens=cu_seqlens_of([2]))
+    with pytest.raises(ValueError, match="attention_mask"):
+        tiny_model.model(
+            torch.tensor([[1, 2]]), attention_mask=torch.ones(1, 1, 2, 2), packed_layout=packed_layout([2])
+        )
+
+
+def test_dropout_inside_attention_is_refused():
+    model = small_model("qwen3", attention_dropout=0.1).train()
+    model.set_attn_implementation("trsd_varlen")
+    with pytest.raises(InputError, match="attention_dropout to 0"):
+        packed_hidden_states(model, torch.arange(4), packed_layout([4]))
+
+
+@pytest.mark.parametrize("kind,longest", [("longrope", 17), ("dynamic", 33)])
+def test_rotary_factors_that_change_with_the_length_are_not_mixed(kind, longest):
+    rope = dict(rope_type=kind, rope_theta=1e4, factor=2.0, original_max_position_embeddings=16)
+    if kind == "longrope":
+        rope |= dict(short_factor=[1.0] * 4, long_factor=[2.0] * 4)
+    else:
+        rope.pop("original_max_position_embeddings")
+    extra = dict(rope_parameters=rope, max_position_embeddings=32, original_max_position_embeddings=16)
+    model = small_model("phi3" if kind == "longrope" else "llama", sliding_window=None, **extra)
+    model.set_attn_implementation("trsd_varlen")
+
+    def run(*lengths):
+        layout = packed_layout(lengths)
+        return packed_hidden_states(model, torch.zeros(layout.num_tokens, dtype=torch.int64), layout)
+
+    run(longest - 1, 5)
+    with pytest.raises(InputError, match=f"{kind} rotary .* sequences of 5 to {longest}: lower max_length to"):
+        run(longest, 5)
+    if kind == "longrope":
+        run(longest, longest + 3)
 
 
 def test_plain_attention_is_undone_even_after_an_error(tiny_model):
@@ -65,26 +140,52 @@ def test_plain_attention_is_undone_even_after_an_error(tiny_model):
     assert tiny_model.training and tiny_model.config._attn_implementation == "trsd_varlen"
 
 
-def test_sliding_windows_shorter_than_a_sequence_are_refused():
-    config = AutoConfig.for_model("mistral", **SMALL, sliding_window=4)
-    model = AutoModelForCausalLM.from_config(config)
-    model.set_attn_implementation("trsd_varlen")
-    with pytest.raises(ValueError, match="sliding window 4"):
-        packed_hidden_states(model, torch.arange(6), position_ids_of([6]), cu_seqlens_of([6]))
-
-
 @pytest.mark.parametrize(
     "kind,extra,message",
     [
-        ("gemma2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
-        ("gemma3_text", {}, "sliding_attention|softcapping"),
-        ("granite", {"logits_scaling": 8.0}, "logits_scaling"),
+        ("gemma3_text", dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
+        ("qwen3_next", {}, "linear_attention.*recurrent state"),
+        ("lfm2", dict(layer_types=["conv", "full_attention"]), "conv.*recurrent state"),
+        ("qwen3_moe", dict(expert_capacity=4), "expert_capacity.*drop tokens"),
+        ("phi", {}, "lm_head without bias"),
     ],
 )
-def test_models_the_loss_would_get_wrong_are_refused_by_name(kind, extra, message):
+def test_models_that_packed_rows_would_get_wrong_are_refused_by_name(kind, extra, message):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **extra))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         refuse_unsupported(model)
+
+
+@pytest.mark.parametrize(
+    "kind,extra,options",
+    [
+        ("qwen3", {}, {}),
+        ("gemma2", dict(final_logit_softcapping=30.0), dict(student_logit_softcap=30.0)),
+        ("granite", dict(logits_scaling=8.0), dict(student_logit_scale=0.125)),
+        ("cohere", dict(logit_scale=0.0625), dict(student_logit_scale=0.0625)),
+    ],
+)
+def test_what_a_model_does_to_its_logits_becomes_an_option_of_the_loss(kind, extra, options):
+    model = small_model(kind, **extra)
+    assert logit_options(model.config, "student") == options
+    hidden = torch.randn(1, 3, 32, dtype=torch.float64)
+    model.model.forward = lambda *_, **__: type("Output", (), dict(last_hidden_state=hidden, past_key_values=None,
+                                                                   hidden_states=None, attentions=None))()  # fmt: skip
+    plain = hidden @ model.get_output_embeddings().weight.T
+    scaled = plain * options.get("student_logit_scale", 1.0)
+    if cap := options.get("student_logit_softcap"):
+        scaled = cap * torch.tanh(scaled / cap)
+    torch.testing.assert_close(model(torch.tensor([[1, 2, 3]])).logits, scaled)
+
+
+def test_a_back_end_that_cannot_serve_the_model_is_refused_with_the_reason(tiny_model):
+    here = dict(device="cpu", dtype=torch.float32, branches=True)
+    assert packed_attention_backend(tiny_model.config, "auto", **here) == "sdpa"
+    with pytest.raises(InputError, match="attn_implementation: .*triton cannot serve rows with branches: .*CUDA"):
+        packed_attention_backend(tiny_model.config, "triton", **here)
+    gemma = small_model("gemma2").config
+    with pytest.raises(InputError, match="no softcap|needs CUDA"):
+        packed_attention_backend(gemma, "torch", **here)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./here", "nowhere", "bundled:nothing"])

@@ -9,7 +9,7 @@ from conftest import make_tiny_model, make_traces
 
 from trsd.batching import pack_examples
 from trsd.cuts import uniform, with_anchor
-from trsd.methods.trsd import TRSD, cut_example, full_example
+from trsd.methods.trsd import TRSD, branched_examples, cut_example, full_example, with_thinking
 from trsd.models import packed_hidden_states
 from trsd.teachers import OnlineTeacher
 from trsd.thinking import ThinkFormat, sentence_ends, token_texts
@@ -21,11 +21,12 @@ def loss_of(model, teacher, batches, *, num_items, **options):
     head = model.get_output_embeddings().weight
     losses = [
         fused_linear_distillation(
-            packed_hidden_states(model, batch.input_ids, batch.position_ids, batch.cu_seqlens)[batch.rows],
+            packed_hidden_states(model, batch.input_ids, batch.layout)[batch.rows],
             head,
             teacher.hidden_states(batch.trace_indices),
             teacher.lm_head_weight,
             batch.labels,
+            token_weights=batch.weights,
             num_items_in_batch=num_items,
             **options,
         ).loss
@@ -64,9 +65,10 @@ def test_a_cut_outside_the_trace_is_refused(traces, think, cut):
 def test_cuts_are_drawn_anew_every_epoch_and_repeat_with_the_seed(traces, think):
     trace = max(range(len(traces)), key=lambda i: len(traces[i].reasoning_ids))
     method = TRSD(traces, think, uniform, seed=5)
-    cuts = [method.cut(epoch, trace) for epoch in range(20)]
+    (cuts,) = zip(*(method.cuts(epoch, trace) for epoch in range(20)), strict=True)
     assert len(set(cuts)) > 5
-    assert cuts == [TRSD(traces, think, uniform, seed=5).cut(epoch, trace) for epoch in range(20)]
+    again = TRSD(traces, think, uniform, seed=5)
+    assert list(cuts) == [again.cuts(epoch, trace)[0] for epoch in range(20)]
 
 
 def test_thinking_labels_are_the_reasoning_shown_each_at_the_position_before_it(traces, think):
@@ -74,7 +76,7 @@ def test_thinking_labels_are_the_reasoning_shown_each_at_the_position_before_it(
     members = [(epoch, index) for epoch in range(5) for index in range(len(traces))]
     kinds = set()
     for (epoch, index), example in zip(members, method.examples(members), strict=True):
-        trace, cut = traces[index], method.cut(epoch, index)
+        trace, (cut,) = traces[index], method.cuts(epoch, index)
         whole = cut == len(trace.reasoning_ids)
         kinds.add(whole)
         shown = [*trace.reasoning_ids, *trace.close_ids] if whole else trace.reasoning_ids[:cut]
@@ -105,7 +107,7 @@ def test_snapped_cuts_end_at_sentences(traces, think, tokenizer):
     method = TRSD(traces, think, uniform, seed=0, sentence_end=ends)
     for index, trace in enumerate(traces):
         for epoch in range(10):
-            cut = method.cut(epoch, index)
+            (cut,) = method.cuts(epoch, index)
             assert cut == 0 or ends[trace.reasoning_ids[cut - 1]]
 
 
@@ -121,7 +123,7 @@ def test_a_cut_trace_never_leaks_a_later_token(traces, think, tiny_model):
     hidden = []
     for neighbour in neighbours:
         (batch,) = pack_examples([examples[0], neighbour], 4096, "cpu")
-        states = packed_hidden_states(tiny_model, batch.input_ids, batch.position_ids, batch.cu_seqlens)
+        states = packed_hidden_states(tiny_model, batch.input_ids, batch.layout)
         hidden.append(states[: len(examples[0].input_ids)])
     assert torch.equal(*hidden)
 
@@ -179,3 +181,87 @@ def test_full_traces_give_zero_loss_to_a_student_that_is_the_teacher(traces, tin
     examples = [full_example(trace, index) for index, trace in enumerate(traces)]
     loss = loss_of(tiny_model, teacher, pack_examples(examples, 512, "cpu"), num_items=1, alpha=1.0)
     assert abs(loss.item()) < 1e-4
+
+
+# Several cuts of one trace in one step.
+
+
+def test_branches_hold_what_the_separate_examples_hold(traces, think):
+    trace = max(traces, key=lambda t: len(t.reasoning_ids))
+    length, start = len(trace.reasoning_ids), len(trace.prompt_ids)
+    (example,) = branched_examples(trace, 3, [4, length, 0, 4, 9], think)
+    assert example.input_ids == full_example(trace, 3).input_ids and example.count == 1
+    assert [(branch.cut - start, branch.count) for branch in example.branches] == [(0, 1), (4, 2), (9, 1)]
+    for branch in example.branches:
+        alone = cut_example(trace, 3, branch.cut - start, think)
+        assert [*example.input_ids[: branch.cut], *branch.input_ids] == alone.input_ids
+        assert branch.labels == alone.labels == trace.answer_ids
+    assert example.num_tokens < sum(len(cut_example(trace, 3, cut, think).input_ids) for cut in (4, length, 0, 9))
+
+
+def test_branches_that_do_not_fit_become_examples_of_their_own(traces, think):
+    trace = max(traces, key=lambda t: len(t.reasoning_ids))
+    length = len(trace.reasoning_ids)
+    cuts = [0, 1, 3, 7, 12, length]
+    together = branched_examples(trace, 0, cuts, think)[0].num_tokens
+    limit = len(full_example(trace, 0).input_ids) + 30
+    assert together > limit
+    examples = branched_examples(trace, 0, cuts, think, max_tokens=limit)
+    assert len(examples) > 1 and all(example.num_tokens <= limit for example in examples)
+    sequences = [e.input_ids for e in examples]
+    sequences += [[*e.input_ids[: b.cut], *b.input_ids] for e in examples for b in e.branches]
+    assert sorted(sequences) == sorted(cut_example(trace, 0, cut, think).input_ids for cut in cuts)
+
+
+def test_the_first_of_several_cuts_is_the_only_one_of_one(traces, think):
+    one, three = (TRSD(traces, think, uniform, seed=2, branches_per_trace=count) for count in (1, 3))
+    for index in range(len(traces)):
+        assert three.cuts(1, index)[:1] == one.cuts(1, index)
+        assert len(three.cuts(1, index)) == 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_branches_give_the_loss_and_gradients_of_separate_sequences(tokenizer, think, seed):
+    """Random numbers of cuts, at the ends too; several traces in a row; both terms of the loss; float64 and fp32."""
+    rng = random.Random(seed)
+    traces = make_traces(tokenizer, think, 4, seed=seed)
+    cuts = []
+    for trace in traces:
+        length = len(trace.reasoning_ids)
+        cuts.append([rng.choice([0, length, rng.randint(0, length)]) for _ in range(rng.randint(1, 6))])
+    separate = [
+        with_thinking(cut_example(trace, index, cut, think), trace, cut)
+        for index, (trace, places) in enumerate(zip(traces, cuts, strict=True))
+        for cut in places
+    ]
+    branched = [e for i, t in enumerate(traces) for e in branched_examples(t, i, cuts[i], think, max_tokens=700)]
+    batches = {"separate": pack_examples(separate, 700, "cpu"), "branched": pack_examples(branched, 700, "cpu")}
+    assert sum(b.num_tokens for b in batches["branched"]) < sum(b.num_tokens for b in batches["separate"])
+    totals = {name: (sum(b.num_items for b in bs), sum(b.num_thinking for b in bs)) for name, bs in batches.items()}
+    assert totals["separate"] == totals["branched"]
+    num_items, num_thinking = totals["separate"]
+
+    def loss_and_gradients(dtype, batches):
+        teacher_model, student = (make_tiny_model(tokenizer, seed=s, dtype=dtype) for s in (0, 1))
+        teacher = OnlineTeacher(teacher_model, traces, max_tokens_per_batch=4096)
+        loss = loss_of(student, teacher, batches, num_items=num_items, alpha=0.7)
+        head = student.get_output_embeddings().weight
+        for batch in batches:
+            hidden = packed_hidden_states(student, batch.input_ids, batch.layout)[batch.thinking_rows]
+            loss = (
+                loss
+                + fused_linear_distillation(
+                    *(hidden, head, None, None, batch.thinking_labels),
+                    alpha=0.0,
+                    token_weights=batch.thinking_weights,
+                    num_items_in_batch=num_thinking,
+                ).loss
+            )
+        return loss.detach(), gradients(student, loss)
+
+    exact_loss, exact = loss_and_gradients(torch.float64, batches["separate"])
+    for dtype, bound in ((torch.float64, 1e-6), (torch.float32, 1e-5)):  # the model's norms are fp32 in any case
+        loss, found = loss_and_gradients(dtype, batches["branched"])
+        assert abs(loss - exact_loss) <= bound * abs(exact_loss)
+        for a, b in zip(found, exact, strict=True):
+            assert (a.double() - b).norm() <= bound * b.norm()

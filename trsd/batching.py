@@ -2,7 +2,8 @@
 
 A step takes ``train_batch_size`` traces. Their examples are packed, without padding, into as many rows of at most
 ``max_tokens_per_batch`` tokens as they need; the rows' gradients add up, normalised by the step's count of supervised
-tokens, so the row size changes memory and speed and never the loss.
+tokens, so the row size changes memory and speed and never the loss. Examples that begin alike, such as several cuts of
+one trace, are one example with branches: what they share runs once.
 """
 
 import random
@@ -13,7 +14,19 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from trsd_kernels import cu_seqlens_of, pack_sequences, position_ids_of
+from trsd_kernels import PackedLayout, pack_sequences, packed_layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """A further sequence that begins like its example: it continues the first ``cut`` of the example's tokens."""
+
+    cut: int
+    input_ids: list[int]
+    labels: list[int]
+    """What the last ``len(labels)`` positions predict."""
+    count: int = 1
+    """How many equal sequences this one stands for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,28 +34,41 @@ class Example:
     """One sequence to run and the tokens it learns: the last ``len(labels)`` positions predict ``labels``.
 
     The positions from ``thinking_start`` on predict ``thinking_labels``, which are learnt as they stand, by
-    cross-entropy, without teacher targets.
+    cross-entropy, without teacher targets. A branch learns, beside its own labels, the thinking it shares.
     """
 
     trace_index: int
-    """The trace whose teacher targets belong to the labels, one target row per label."""
+    """The trace whose teacher targets belong to the labels, one target row per label; a branch has the same."""
     input_ids: list[int]
     labels: list[int]
+    count: int = 1
+    """How many equal sequences this one stands for, branches not counted."""
     thinking_start: int = 0
     thinking_labels: list[int] = field(default_factory=list)
+    branches: tuple[Branch, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the example takes in a row, branches included."""
+        return len(self.input_ids) + sum(len(branch.input_ids) for branch in self.branches)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
     """Several examples in one row of tokens."""
 
-    input_ids: Tensor  # [total_tokens] int64
-    position_ids: Tensor  # [total_tokens] int64
-    cu_seqlens: Tensor  # [num_seqs + 1] int32
+    input_ids: Tensor  # [num_tokens] int64
+    layout: PackedLayout
     rows: Tensor  # [num_labels] int64: the positions that predict the labels
     labels: Tensor  # [num_labels] int64
+    weights: Tensor  # [num_labels] fp32: how many sequences each label stands for
     thinking_rows: Tensor  # [num_thinking_labels] int64
     thinking_labels: Tensor  # [num_thinking_labels] int64
+    thinking_weights: Tensor  # [num_thinking_labels] fp32
+    num_items: int
+    """Sum of ``weights``."""
+    num_thinking: int
+    """Sum of ``thinking_weights``."""
     trace_indices: tuple[int, ...]
     """Trace of each sequence, in the order of the rows."""
 
@@ -54,31 +80,46 @@ class PackedBatch:
 
 def pack_examples(examples: Sequence[Example], max_tokens: int, device: torch.device | str) -> list[PackedBatch]:
     """Pack ``examples`` into rows of at most ``max_tokens`` tokens; every example is in exactly one."""
-    rows = pack_sequences([len(example.input_ids) for example in examples], max_tokens)
+    rows = pack_sequences([example.num_tokens for example in examples], max_tokens)
     return [_packed([examples[index] for index in row], device) for row in rows]
 
 
 def _packed(examples: list[Example], device: torch.device | str) -> PackedBatch:
-    lengths = [len(example.input_ids) for example in examples]
-    rows, thinking_rows, start = [], [], 0
-    for example, length in zip(examples, lengths, strict=True):
-        rows.extend(range(start + length - len(example.labels), start + length))
-        first = start + example.thinking_start
+    layout = packed_layout(
+        [len(example.input_ids) for example in examples],
+        [[(branch.cut, len(branch.input_ids)) for branch in example.branches] for example in examples],
+    )
+    # Trunks and branches in the order of the row.
+    segments: list[Example | Branch] = []
+    trace_indices, thinking_rows = [], []
+    for example, order in zip(examples, layout.branch_order, strict=True):
+        first = int(layout.starts[len(segments)]) + example.thinking_start
         thinking_rows.extend(range(first, first + len(example.thinking_labels)))
-        start += length
+        segments += [example, *(example.branches[place] for place in order)]
+        trace_indices += [example.trace_index] * (1 + len(order))
+    rows, weights = [], []
+    for segment, end in zip(segments, (layout.starts + layout.lengths).tolist(), strict=True):
+        rows.extend(range(end - len(segment.labels), end))
+        weights.extend([segment.count] * len(segment.labels))
 
-    def tensor(values: Iterable[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int64, device=device)
+    def tensor(values: Iterable[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype).to(device)
 
+    # A reasoning token is learnt once for every sequence that shows it.
+    shown = layout.multiplicity(torch.tensor([segment.count for segment in segments]))
+    thinking_weights = shown[torch.tensor(thinking_rows, dtype=torch.int64) + 1]
     return PackedBatch(
-        input_ids=tensor(chain.from_iterable(example.input_ids for example in examples)),
-        position_ids=position_ids_of(lengths, device),
-        cu_seqlens=cu_seqlens_of(lengths, device),
+        input_ids=tensor(chain.from_iterable(segment.input_ids for segment in segments)),
+        layout=layout.to(device),
         rows=tensor(rows),
-        labels=tensor(chain.from_iterable(example.labels for example in examples)),
+        labels=tensor(chain.from_iterable(segment.labels for segment in segments)),
+        weights=tensor(weights, torch.float32),
         thinking_rows=tensor(thinking_rows),
         thinking_labels=tensor(chain.from_iterable(example.thinking_labels for example in examples)),
-        trace_indices=tuple(example.trace_index for example in examples),
+        thinking_weights=thinking_weights.to(device=device, dtype=torch.float32),
+        num_items=sum(weights),
+        num_thinking=round(float(thinking_weights.sum())),
+        trace_indices=tuple(trace_indices),
     )
 
 

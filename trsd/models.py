@@ -1,8 +1,8 @@
 """Loading Hugging Face causal language models and running them on packed rows.
 
-A packed row goes through the model's body with explicit ``position_ids`` and ``cu_seqlens``; the registered attention
-refuses a call without them, so documents can never silently see each other. Only the body runs: logits are the
-kernels' business.
+A packed row goes through the model's body with explicit ``position_ids`` and its layout; the registered attention
+refuses a call without one, so sequences can never silently see each other. Only the body runs: logits are the kernels'
+business.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from transformers.utils import logging as hf_logging
 
 from trsd.errors import InputError
 from trsd.paths import resolve_bundled
-from trsd_kernels import cu_seqlens_of, position_ids_of, varlen_attention
+from trsd_kernels import AttentionRequest, PackedLayout, choose_backend, packed_layout, varlen_attention
 
 PACKED_ATTENTION = "trsd_varlen"
 WEIGHT_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "*.py")
@@ -100,37 +100,87 @@ def load_for_decoding(folder: Path) -> PreTrainedModel:
 @torch.no_grad()
 def check_packing(model: PreTrainedModel) -> None:
     """Raise for a model that lets packed sequences see each other, whatever it calls its attention."""
-    positions, cu_seqlens = position_ids_of([3, 3], model.device), cu_seqlens_of([3, 3], model.device)
-    second = [
-        packed_hidden_states(model, torch.tensor([*first, 4, 5, 6], device=model.device), positions, cu_seqlens)[3:]
-        for first in ([1, 2, 3], [3, 1, 1])
-    ]
-    if not torch.allclose(*second, rtol=0, atol=0, equal_nan=True):
+    layout = packed_layout([3, 4], [[], [(2, 3)]], device=model.device)
+    rows = {
+        "as it is": [1, 2, 3, 4, 5, 6, 1, 2, 3, 4],
+        "another sequence": [3, 1, 1, 4, 5, 6, 1, 2, 3, 4],
+        "the trunk after the cut": [1, 2, 3, 4, 5, 1, 6, 2, 3, 4],
+        "the trunk before the cut": [1, 2, 3, 4, 6, 6, 1, 2, 3, 4],
+    }
+    states = [packed_hidden_states(model, torch.tensor(row, device=model.device), layout)[7:] for row in rows.values()]
+    same = [torch.equal(state.nan_to_num(), states[0].nan_to_num()) for state in states]
+    if same != [True, True, True, False]:
         raise InputError(
             f"{type(model).__name__}: its layers do not keep packed sequences apart (no exchangeable attention, or a "
             "recurrent state); choose another architecture"
         )
 
 
+# Fields of a config under which tokens are dropped once an expert is full: whose fate then hangs on the others.
+CAPACITY_FIELDS = ("expert_capacity", "moe_expert_capacity", "capacity_factor", "moe_token_dropping")
+
+
 def refuse_unsupported(model: PreTrainedModel) -> None:
-    """Raise for a model whose logits are not ``hidden @ lm_head.T`` or whose layers are not plain causal attention."""
+    """Raise for a model that the loss or packed rows would get wrong, with the reason."""
     config, name = model.config.get_text_config(), type(model).__name__
-    for field in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, field, None) not in (None, 1, 1.0):
-            raise InputError(f"{name}: its config sets {field}, which the loss does not apply yet; use another model")
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise InputError(f"{name}: expected an lm_head without bias")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-    if kinds:
-        raise InputError(f"{name}: layers of kind {sorted(kinds)} cannot run packed yet; expected full attention")
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{name}: expected a decoder-only model")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise InputError(
+            f"{name}: layers of kind {sorted(kinds)} cannot run packed: a recurrent state or a chunk runs on across "
+            "sequences and cannot fork at a cut; expected full or sliding attention"
+        )
+    dropping = [field for field in CAPACITY_FIELDS if getattr(config, field, None)]
+    if dropping:
+        raise InputError(
+            f"{name}: its config sets {', '.join(dropping)}: experts that drop tokens when they are full make a "
+            "sequence depend on what it is packed with"
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise InputError(f"{name}: its config sets use_bidirectional_attention; expected causal attention")
+
+
+def logit_options(config: Any, who: str) -> dict[str, float]:
+    """What a model does to its logits, as the loss's options of ``who`` ("student" or "teacher")."""
+    config = config.get_text_config()
+    found = {}
+    if cap := getattr(config, "final_logit_softcapping", None):
+        found[f"{who}_logit_softcap"] = cap
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return found if scale == 1.0 else found | {f"{who}_logit_scale": scale}
+
+
+def packed_attention_backend(
+    config: Any, wanted: str, *, device: torch.device | str, dtype: torch.dtype, branches: bool
+) -> str:
+    """The back end of ``trsd_kernels.varlen_attention`` for a model's rows, as ``wanted`` or the best for "auto".
+
+    Raises:
+        InputError: the back end that is wanted cannot serve the model here, with the reason.
+    """
+    config = config.get_text_config()
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    request = AttentionRequest(
+        device=torch.device(device),
+        dtype=dtype,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        has_branches=branches,
+        window=config.sliding_window or 0 if sliding else 0,
+        softcap=getattr(config, "attn_logit_softcapping", None) or 0.0,
+    )
+    try:
+        return choose_backend(request, wanted)
+    except ValueError as error:
+        raise InputError(f"attn_implementation: {error}") from error
 
 
 def _packed_attention(
     module: torch.nn.Module,
-    query: Tensor,  # [1, num_heads, total_tokens, head_dim]
+    query: Tensor,  # [1, num_heads, num_tokens, head_dim]
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
@@ -138,27 +188,35 @@ def _packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    cu_seqlens: Tensor | None = None,
+    packed_layout: PackedLayout | None = None,
+    attention_backend: str = "auto",
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface over ``varlen_attention``; [1, total_tokens, num_heads, head_dim]."""
-    if cu_seqlens is None or query.shape[0] != 1:
+    """transformers' attention interface over ``varlen_attention``; [1, num_tokens, num_heads, head_dim]."""
+    if packed_layout is None or query.shape[0] != 1:
         raise InputError(
-            "packed attention needs one row of tokens and its cu_seqlens: call trsd.models.packed_hidden_states, "
+            "packed attention needs one row of tokens and its layout: call trsd.models.packed_hidden_states, "
             "or generate inside trsd.models.plain_attention(model)"
         )
     if attention_mask is not None:
-        raise InputError("packed attention takes no attention_mask: cu_seqlens already separates the sequences")
-    if softcap is not None or s_aux is not None:
-        raise InputError("packed attention has neither score softcap nor sink logits: choose another architecture")
+        raise InputError("packed attention takes no attention_mask: the layout already separates the sequences")
+    if s_aux is not None:
+        raise InputError("packed attention has no sink logits: choose another architecture")
     if dropout:
         raise InputError(f"attention dropout {dropout} is not supported on packed rows: set attention_dropout to 0")
-    if sliding_window is not None and int(cu_seqlens.diff().max()) > sliding_window:
-        raise InputError(f"a sequence is longer than the sliding window {sliding_window}: lower max_length below it")
+    if not getattr(module, "is_causal", True):
+        raise InputError(f"{type(module).__name__} is not causal: choose another architecture")
+    # A window that no sequence reaches is none, and keeps the back ends that have none.
+    windowed = sliding_window is not None and packed_layout.max_position >= sliding_window
     output = varlen_attention(
-        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)), cu_seqlens, softmax_scale=scaling
+        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
+        layout=packed_layout,
+        softmax_scale=scaling,
+        window_size=(sliding_window - 1, 0) if windowed else (-1, -1),
+        softcap=softcap or 0.0,
+        backend=attention_backend,
     )
     return output[None], None
 
@@ -181,14 +239,47 @@ def plain_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def packed_hidden_states(
     model: PreTrainedModel,
-    input_ids: Tensor,  # [total_tokens]
-    position_ids: Tensor,  # [total_tokens]
-    cu_seqlens: Tensor,  # int32 [num_seqs + 1]
+    input_ids: Tensor,  # [num_tokens]
+    layout: PackedLayout,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
-    """Final hidden states of a packed row, [total_tokens, hidden_size]: what ``lm_head`` would be given."""
-    body = model.get_decoder()
-    output = body(input_ids=input_ids[None], position_ids=position_ids[None], cu_seqlens=cu_seqlens, use_cache=False)
+    """Final hidden states of a packed row, [num_tokens, hidden_size]: what ``lm_head`` would be given.
+
+    Args:
+        model: one that ``load_model`` made, or whose attention implementation is ``PACKED_ATTENTION``.
+        input_ids: [num_tokens] int64, trunks and branches in the order of ``layout``.
+        layout: of the row, on the model's device.
+        backend: of ``trsd_kernels.varlen_attention``.
+
+    Raises:
+        InputError: a model or row that cannot be run packed, with the reason.
+        ValueError: a layout that does not fit, or a back end that cannot serve the model.
+    """
+    _refuse_mixed_rotary_factors(model.config.get_text_config(), layout)
+    output = model.get_decoder()(
+        input_ids=input_ids[None],
+        position_ids=layout.position_ids[None],
+        packed_layout=layout,
+        attention_backend=backend,
+        use_cache=False,
+    )
     return output.last_hidden_state[0]
+
+
+def _refuse_mixed_rotary_factors(config: Any, layout: PackedLayout) -> None:
+    """Some rotary embeddings change with the length of what is run, so a long sequence would change the short ones."""
+    found = getattr(config, "rope_parameters", None) or {}
+    lengths = (layout.lengths + layout.cuts)[layout.lengths > 0]
+    longest, shortest = layout.max_position + 1, int(lengths.min()) if len(lengths) else 0
+    for parameters in (found, *(part for part in found.values() if isinstance(part, dict))):  # one for all, or by layer
+        kind = parameters.get("rope_type")
+        limit = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+        if kind in ("longrope", "dynamic") and longest > limit and (kind == "dynamic" or shortest <= limit):
+            raise InputError(
+                f"{kind} rotary embeddings change beyond {limit} tokens, and a packed row holds sequences of "
+                f"{shortest} to {longest}: lower max_length to {limit}, so that all are rotated as they are alone"
+            )
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

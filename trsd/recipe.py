@@ -35,6 +35,7 @@ def comma_list(item: type, metavar: str) -> Any:
 
 Floats = Annotated[tuple[float, ...], comma_list(float, "FLOAT,FLOAT,...")]
 Ints = Annotated[tuple[int, ...], comma_list(int, "INT,INT,...")]
+AttentionBackend = Literal["auto", "triton", "flash_attn_4", "flash_attn_3", "flash_attn_2", "torch", "sdpa"]
 Budgets = Annotated[tuple[str, ...], comma_list(str, "TOKENS|PERCENT%,...")]
 
 
@@ -84,6 +85,8 @@ class Recipe:
     """Reasoning tokens kept, for cut=budgets."""
     snap_to_sentence: bool = False
     """Move each cut back to the last sentence end."""
+    branches_per_trace: int = 1
+    """At how many places each trace is cut in one step; the cuts share the trace's forward pass."""
     anchor_share: float = 0.2
     """Share of examples that keep the whole reasoning (f = 1)."""
     thinking_weight: float = 1.0
@@ -126,6 +129,10 @@ class Recipe:
     """Tokens in one packed row; a step that needs more rows accumulates their gradients."""
     max_length: int = 8192
     """Longer traces are dropped and counted."""
+    attn_implementation: Literal["auto", "triton", "flash_attn_4", "flash_attn_3", "flash_attn_2", "torch", "sdpa"] = (
+        "auto"
+    )
+    """Attention of packed rows: auto takes the best that is installed and can; triton is ours, sdpa runs everywhere."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     bf16: bool | None = None
@@ -153,6 +160,7 @@ class Recipe:
             "max_answer_tokens",
             "generation_batch_size",
             "train_batch_size",
+            "branches_per_trace",
             "max_length",
             "logging_steps",
             "save_steps",

@@ -36,29 +36,34 @@ class Teacher(Protocol):
     lm_head_weight: Tensor  # [vocab_size, teacher_hidden_size]
 
     def hidden_states(self, trace_indices: Sequence[int]) -> Tensor:
-        """Target rows of the traces, one after the other: [sum of their answer lengths, teacher_hidden_size]."""
+        """Target rows of the traces, one after the other: [sum of their answer lengths, teacher_hidden_size].
+
+        A trace may be asked for several times.
+        """
         ...
 
 
 class OnlineTeacher:
     """A frozen model that runs the whole traces whenever their targets are asked for."""
 
-    def __init__(self, model: PreTrainedModel, traces: Sequence[Trace], *, max_tokens_per_batch: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, traces: Sequence[Trace], *, max_tokens_per_batch: int, backend: str = "auto"
+    ) -> None:
         self.model = model.requires_grad_(False).eval()
         self.traces = traces
+        self.backend = backend
         self.max_tokens = max_tokens_per_batch
         self.lm_head_weight = model.get_output_embeddings().weight.detach()
 
     @torch.no_grad()
     def hidden_states(self, trace_indices: Sequence[int]) -> Tensor:
-        examples = [full_example(self.traces[index], place) for place, index in enumerate(trace_indices)]
-        parts: list[Tensor | None] = [None] * len(examples)
+        parts: dict[int, Tensor] = {}
+        examples = [full_example(self.traces[index], index) for index in dict.fromkeys(trace_indices)]
         for batch in pack_examples(examples, self.max_tokens, self.model.device):
-            hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.cu_seqlens)[batch.rows]
-            lengths = [len(examples[place].labels) for place in batch.trace_indices]
-            for place, part in zip(batch.trace_indices, hidden.split(lengths), strict=True):
-                parts[place] = part
-        return torch.cat(parts)
+            hidden = packed_hidden_states(self.model, batch.input_ids, batch.layout, backend=self.backend)[batch.rows]
+            lengths = [len(self.traces[index].answer_ids) for index in batch.trace_indices]
+            parts.update(zip(batch.trace_indices, hidden.split(lengths), strict=True))
+        return torch.cat([parts[index] for index in trace_indices])
 
 
 def cache_fingerprint(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from trsd.batching import PackedBatch, TraceStream, pack_examples
 from trsd.checkpoint import load_state, save_checkpoint
@@ -34,7 +34,9 @@ from trsd.metrics import MetricsLog, progress_bar, say, step_line
 from trsd.models import (
     load_model,
     load_tokenizer,
+    logit_options,
     model_folder,
+    packed_attention_backend,
     packed_hidden_states,
     quieten_transformers,
     tokenizer_fingerprint,
@@ -47,7 +49,7 @@ from trsd.run import discard_unbegun, open_run
 from trsd.teachers import HiddenCache, OnlineTeacher, Teacher, build_cache, cache_fingerprint
 from trsd.thinking import ThinkFormat, sentence_ends, token_texts
 from trsd.traces import Trace, read_traces, write_traces
-from trsd_kernels import FusedLinearDistillation
+from trsd_kernels import FusedLinearDistillation, fill_rate
 
 
 class Job:
@@ -89,6 +91,24 @@ class Job:
 
     def _load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         return load_model(folder, dtype=dtype, device=self.device, trust_remote_code=self.recipe.trust_remote_code)
+
+    def teacher_config(self) -> Any:
+        """The teacher's config, without its weights."""
+        return AutoConfig.from_pretrained(self.teacher_folder, trust_remote_code=self.recipe.trust_remote_code)
+
+    def attention_backend(self, model: PreTrainedModel, *, branches: bool) -> str:
+        """The attention back end of the recipe for rows of ``model``."""
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        return packed_attention_backend(
+            model.config, self.recipe.attn_implementation, device=self.device, dtype=dtype, branches=branches
+        )
+
+    def online_teacher(self, traces: list[Trace]) -> OnlineTeacher:
+        """A teacher that runs ``traces`` when asked."""
+        model = self.teacher()
+        backend = self.attention_backend(model, branches=False)
+        max_tokens = self.recipe.max_tokens_per_batch
+        return OnlineTeacher(model, traces, max_tokens_per_batch=max_tokens, backend=backend)
 
     def compute(self) -> AbstractContextManager[Any]:
         """The precision of forward passes."""
@@ -145,9 +165,8 @@ def prepare_teacher(job: Job, traces: list[Trace]) -> Teacher | None:
     """Teacher targets as the recipe wants them; a cache is built when it is missing and refused when it is stale."""
     if job.recipe.alpha == 0:
         return None
-    max_tokens = job.recipe.max_tokens_per_batch
     if job.recipe.teacher == "online":
-        return OnlineTeacher(job.teacher(), traces, max_tokens_per_batch=max_tokens)
+        return job.online_teacher(traces)
     folder, dtype = job.output_dir / "teacher", torch.bfloat16 if job.bf16 else torch.float32
     fingerprint = cache_fingerprint(
         teacher_weights=weights_fingerprint(job.teacher_folder),
@@ -158,7 +177,7 @@ def prepare_teacher(job: Job, traces: list[Trace]) -> Teacher | None:
     )
     if not folder.exists():
         start = time.perf_counter()
-        teacher = OnlineTeacher(job.teacher(), traces, max_tokens_per_batch=max_tokens)
+        teacher = job.online_teacher(traces)
         build_cache(folder, teacher, fingerprint=fingerprint, dtype=dtype, progress=progress_bar("teacher"))
         del teacher
         gc.collect()
@@ -199,10 +218,12 @@ def evaluate_student(
 
 def print_example(job: Job, method: TRSD, members: list[tuple[int, int]]) -> None:
     """Show what the student sees of a cut trace and what it learns, once."""
-    cut = [(epoch, i) for epoch, i in members if method.cut(epoch, i) < len(method.traces[i].reasoning_ids)]
-    example = method.examples((cut or members)[:1])[0]
-    seen = job.tokenizer.decode(example.input_ids[: len(example.input_ids) - len(example.labels) + 1])
-    learnt = job.tokenizer.decode(example.labels)
+    cut = [(epoch, i) for epoch, i in members if min(method.cuts(epoch, i)) < len(method.traces[i].reasoning_ids)]
+    example = method.examples((cut or members)[:1])[-1]
+    end = min(example.branches, key=lambda branch: branch.cut, default=example)
+    ids = [*example.input_ids[: end.cut], *end.input_ids] if example.branches else example.input_ids
+    seen = job.tokenizer.decode(ids[: len(ids) - len(end.labels) + 1])
+    learnt = job.tokenizer.decode(end.labels)
     print(f"one example, what is learnt in [[ ]]:\n{seen}[[{learnt}]]\n", flush=True)
 
 
@@ -225,16 +246,26 @@ class Loop:
             job.think,
             policy,
             seed=recipe.seed,
+            branches_per_trace=recipe.branches_per_trace,
+            max_tokens=recipe.max_tokens_per_batch,
             sentence_end=ends,
             keep_thinking=recipe.thinking_weight > 0,
         )
         self.stream = TraceStream(len(traces), batch_size=recipe.train_batch_size, seed=recipe.seed)
         self.num_steps = recipe.max_steps or math.ceil(recipe.num_train_epochs * len(traces) / recipe.train_batch_size)
         self.optimizer = build_optimizer(model, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        student_logits = logit_options(model.config, "student")
         self.distill = FusedLinearDistillation(
-            alpha=recipe.alpha, divergence=recipe.divergence, beta=recipe.beta, temperature=recipe.temperature
+            alpha=recipe.alpha,
+            divergence=recipe.divergence,
+            beta=recipe.beta,
+            temperature=recipe.temperature,
+            **student_logits,
+            **logit_options(job.teacher_config(), "teacher"),
         )
-        self.keep_thinking = FusedLinearDistillation(alpha=0.0)
+        self.keep_thinking = FusedLinearDistillation(alpha=0.0, **student_logits)
+        self.backend = job.attention_backend(model, branches=recipe.branches_per_trace > 1)
+        print(f"attention: {self.backend}")
 
     def step(self, step: int) -> dict[str, float]:
         """Run optimizer step ``step`` (from 0) and return its metrics."""
@@ -246,9 +277,9 @@ class Loop:
         set_learning_rate(self.optimizer, recipe.learning_rate * factor)
         examples = self.method.examples(self.stream.step(step))
         batches = pack_examples(examples, recipe.max_tokens_per_batch, self.job.device)
-        num_items = sum(batch.labels.numel() for batch in batches)
+        num_items = sum(batch.num_items for batch in batches)
         self.model.train()
-        num_thinking = sum(batch.thinking_labels.numel() for batch in batches)
+        num_thinking = sum(batch.num_thinking for batch in batches)
         totals = sum(self._backward(batch, num_items, num_thinking) for batch in batches)
         loss, cross_entropy, divergence, thinking = totals.tolist()
         norm = clip_gradients(self.model.parameters(), recipe.max_grad_norm, step=step + 1, loss=loss)
@@ -268,22 +299,29 @@ class Loop:
             "tokens": num_tokens,
             "supervised_tokens": num_items,
             "packed_rows": len(batches),
+            "fill_rate": fill_rate([batch.num_tokens for batch in batches], len(batches), recipe.max_tokens_per_batch),
             "tokens_per_second": num_tokens / seconds,
         }
 
     def _backward(self, batch: PackedBatch, num_items: int, num_thinking: int) -> Tensor:
         """Add the gradients of one packed row; returns its [loss, cross-entropy, divergence, thinking]."""
         with self.job.compute():
-            hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.cu_seqlens)
+            hidden = packed_hidden_states(self.model, batch.input_ids, batch.layout, backend=self.backend)
             head, targets = self.model.get_output_embeddings().weight, (None, None)
             if self.teacher is not None:
                 # One tokenizer, but heads may be padded to different sizes: the tokens are the rows both have.
                 shared = min(head.shape[0], self.teacher.lm_head_weight.shape[0])
                 head = head[:shared]
                 targets = self.teacher.hidden_states(batch.trace_indices), self.teacher.lm_head_weight[:shared]
-            out = self.distill(hidden[batch.rows], head, *targets, batch.labels, num_items_in_batch=num_items)
+            out = self.distill(
+                *(hidden[batch.rows], head, *targets, batch.labels),
+                token_weights=batch.weights,
+                num_items_in_batch=num_items,
+            )
             thinking = self.keep_thinking(
-                hidden[batch.thinking_rows], head, None, None, batch.thinking_labels, num_items_in_batch=num_thinking
+                *(hidden[batch.thinking_rows], head, None, None, batch.thinking_labels),
+                token_weights=batch.thinking_weights,
+                num_items_in_batch=num_thinking,
             ).loss
             loss = out.loss + self.job.recipe.thinking_weight * thinking
         loss.backward()

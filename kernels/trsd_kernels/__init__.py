@@ -1,6 +1,17 @@
 """Exact distillation losses and packed attention for any trainer: torch alone, no trainer around it."""
 
-from trsd_kernels.layout import cu_seqlens_of, pack_sequences, position_ids_of
+from trsd_kernels.attention_backends import AttentionRequest, choose_backend
+from trsd_kernels.layout import (
+    PackedLayout,
+    cu_seqlens_of,
+    fill_rate,
+    layout_of,
+    pack_sequences,
+    packed_layout,
+    position_ids_of,
+    predicting_rows,
+    shift_labels,
+)
 from trsd_kernels.linear_distill import FusedLinearDistillation, fused_linear_distillation
 from trsd_kernels.logits_distill import fused_distillation
 from trsd_kernels.options import DistillOptions
@@ -17,19 +28,27 @@ from trsd_kernels.teacher_targets import (
 from trsd_kernels.varlen_attention import varlen_attention
 
 __all__ = [
+    "AttentionRequest",
     "DistillOptions",
     "FusedLinearDistillation",
     "LinearDistillationOutput",
+    "PackedLayout",
     "TeacherVectors",
     "TokenTerms",
     "TopKTargets",
+    "choose_backend",
     "cu_seqlens_of",
     "distill_from_top_k",
     "distill_from_vectors",
+    "fill_rate",
     "fused_distillation",
     "fused_linear_distillation",
+    "layout_of",
     "pack_sequences",
+    "packed_layout",
     "position_ids_of",
+    "predicting_rows",
+    "shift_labels",
     "teacher_vectors",
     "top_k_targets",
     "varlen_attention",

@@ -1,5 +1,7 @@
 """Shape, dtype, device and range checks shared by every op: a ValueError that says what to do, before any work."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -110,21 +112,55 @@ def check_token_weights(token_weights: Tensor, *, num_tokens: int) -> None:
         raise ValueError(f"token_weights: expected a floating dtype, got {token_weights.dtype}")
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, *, total_tokens: int, device: torch.device) -> None:
-    """``cu_seqlens`` int32 [num_seqs + 1], from 0 to ``total_tokens``, never decreasing, on ``device``."""
+def check_cu_seqlens(cu_seqlens: Tensor, *, total_tokens: int | None = None) -> list[int]:
+    """``cu_seqlens`` int32 [num_seqs + 1], from 0 to ``total_tokens``, never decreasing; returns it as a list."""
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens: expected shape [num_seqs + 1] with num_seqs >= 1, got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens: expected int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.device != device:
-        raise ValueError(f"cu_seqlens: expected on {device} with the queries, got {cu_seqlens.device}")
     bounds = cu_seqlens.tolist()
+    total_tokens = bounds[-1] if total_tokens is None else total_tokens
     if bounds[0] != 0 or bounds[-1] != total_tokens:
         raise ValueError(
             f"cu_seqlens: expected to run from 0 to {total_tokens} tokens, got {bounds[0]} to {bounds[-1]}"
         )
     if any(end < start for start, end in zip(bounds, bounds[1:], strict=False)):
         raise ValueError("cu_seqlens: expected non-decreasing offsets; is this the cumulative sum of the lengths?")
+    return bounds
+
+
+def check_cuts(lengths: Sequence[int], branches: Sequence[Sequence[tuple[int, int]]]) -> None:
+    """Trunks of ``lengths`` and their branches (cut, length): no length negative, every cut inside its trunk."""
+    for trunk, (length, parts) in enumerate(zip(lengths, branches, strict=True)):
+        if length < 0:
+            raise ValueError(f"trunk {trunk}: expected a length of 0 or more, got {length}")
+        for number, (cut, size) in enumerate(parts):
+            if not 0 <= cut <= length:
+                raise ValueError(
+                    f"trunk {trunk}, branch {number}: its cut at {cut} is outside the trunk's {length} tokens"
+                )
+            if size < 0:
+                raise ValueError(f"trunk {trunk}, branch {number}: expected a length of 0 or more, got {size}")
+
+
+def check_attention(query: Tensor, key: Tensor, value: Tensor, *, num_tokens: int, device: torch.device) -> None:
+    """``query`` [num_tokens, num_heads, head_dim]; ``key``, ``value`` [num_tokens, num_kv_heads, head_dim]."""
+    if query.ndim != 3 or key.shape != value.shape or key.ndim != 3 or query.shape[::2] != key.shape[::2]:
+        raise ValueError(
+            "expected query [total_tokens, num_heads, head_dim] and key, value [total_tokens, num_kv_heads, head_dim], "
+            f"got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    if query.shape[0] != num_tokens:
+        raise ValueError(f"query: expected the {num_tokens} tokens of the layout, got {query.shape[0]}")
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(f"expected num_kv_heads to divide num_heads, got {key.shape[1]} and {query.shape[1]}")
+    if query.dtype not in FLOAT_DTYPES or {key.dtype, value.dtype} != {query.dtype}:
+        raise ValueError(f"expected one floating dtype, got {query.dtype}, {key.dtype} and {value.dtype}")
+    check_same_device(query=query, key=key, value=value)
+    if query.device != device:
+        raise ValueError(
+            f"expected cu_seqlens or layout on {query.device} with the queries, got {device} (layout.to(device))"
+        )
 
 
 def check_distillation_inputs(

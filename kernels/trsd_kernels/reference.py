@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trsd_kernels.layout import PackedLayout
 from trsd_kernels.options import DIVERGENCES, LogitTransform
 
 
@@ -128,3 +129,42 @@ def distillation_rows(
         log_p = torch.log_softmax(transform_logits(teacher_logits, teacher_transform) / temperature, dim=-1)
         value = divergence_of(log_p, log_q, divergence=divergence, beta=beta, skew=skew)
     return DistillationRows(cross_entropy, value)
+
+
+def visible_keys(layout: PackedLayout, *, causal: bool = True, window: int = 0) -> Tensor:
+    """Whether each token of a packed row sees each other one: bool [num_tokens, num_tokens], on the layout's device.
+
+    Written from the sequences a layout stands for, one by one; see ``varlen_attention`` for the arguments.
+    """
+    mask = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
+    for segment, (_, length, _, cut) in enumerate(layout.segments()):
+        tokens = layout.sequence(segment)
+        square = torch.ones(cut + length, cut + length, dtype=torch.bool)
+        if causal:
+            square = square.tril()
+        if window:
+            square &= square.new_ones(square.shape).triu(1 - window)
+        mask[tokens[cut:, None], tokens[None]] = square[cut:]
+    return mask.to(layout.device)
+
+
+def packed_attention(
+    query: Tensor,  # [num_tokens, num_heads, head_dim]
+    key: Tensor,  # [num_tokens, num_kv_heads, head_dim]
+    value: Tensor,  # [num_tokens, num_kv_heads, head_dim]
+    layout: PackedLayout,
+    *,
+    softmax_scale: float,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Attention over a packed row under an explicit mask, in the dtype of the inputs; num_tokens^2 memory."""
+    groups = query.shape[1] // key.shape[1]
+    query, key, value = (lift(x) for x in (query, key, value))
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", query, key) * softmax_scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible_keys(layout, causal=causal, window=window), -math.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value)

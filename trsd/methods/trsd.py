@@ -14,12 +14,16 @@ example may also learn the reasoning it is shown, by cross-entropy on the teache
 
 A forward pass computes those positions anyway, and for traces sampled at temperature 1 the term is an unbiased estimate
 of KL(teacher || student) on the reasoning (plus the teacher's entropy): it asks for nothing new.
+
+A trace may be cut at several places in one step. Its examples then share the trace's forward pass: the longest is run
+whole and the others branch off it at their cuts. Loss and gradient are those of the separate examples.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from trsd.batching import Example
+from trsd.batching import Branch, Example
 from trsd.cuts import CutPolicy, cut_generator, snap
 from trsd.thinking import ThinkFormat
 from trsd.traces import Trace
@@ -54,8 +58,27 @@ def _answer_example(context: list[int], trace: Trace, trace_index: int) -> Examp
     return Example(trace_index=trace_index, input_ids=[*context, *trace.answer_ids[:-1]], labels=list(trace.answer_ids))
 
 
+def branched_examples(
+    trace: Trace, trace_index: int, cuts: Sequence[int], think: ThinkFormat, *, max_tokens: int | None = None
+) -> list[Example]:
+    """The trace cut at each of ``cuts``: one example, whose sequence has the last cut and whose branches have the rest.
+
+    Equal cuts become one sequence that counts as often. Where all do not fit ``max_tokens`` together, several examples.
+    """
+    found: list[Example] = []
+    for cut, count in sorted(Counter(cuts).items(), reverse=True):
+        example = replace(cut_example(trace, trace_index, cut, think), count=count)
+        start = len(trace.prompt_ids) + cut
+        branch = Branch(cut=start, input_ids=example.input_ids[start:], labels=example.labels, count=count)
+        if found and (max_tokens is None or found[-1].num_tokens + len(branch.input_ids) <= max_tokens):
+            found[-1] = replace(found[-1], branches=(branch, *found[-1].branches))
+        else:
+            found.append(with_thinking(example, trace, cut))
+    return found
+
+
 class TRSD:
-    """Makes each step's examples; the cut of a trace is drawn anew every epoch."""
+    """Makes each step's examples; the cuts of a trace are drawn anew every epoch."""
 
     def __init__(
         self,
@@ -64,6 +87,8 @@ class TRSD:
         policy: CutPolicy,
         *,
         seed: int,
+        branches_per_trace: int = 1,
+        max_tokens: int | None = None,
         sentence_end: Sequence[bool] | None = None,
         keep_thinking: bool = False,
     ) -> None:
@@ -74,6 +99,8 @@ class TRSD:
             think: how a cut trace is closed.
             policy: where it is cut.
             seed: of the cuts.
+            branches_per_trace: at how many places each trace is cut in one step.
+            max_tokens: most tokens of an example with its branches; what does not fit becomes an example of its own.
             sentence_end: for each token id, whether it ends a sentence; given, cuts snap back to one.
             keep_thinking: examples also learn the reasoning they are shown, as it stands.
         """
@@ -81,23 +108,27 @@ class TRSD:
         self.think = think
         self.policy = policy
         self.seed = seed
+        self.branches_per_trace = branches_per_trace
+        self.max_tokens = max_tokens
         self.sentence_end = sentence_end
         self.keep_thinking = keep_thinking
 
-    def cut(self, epoch: int, trace_index: int) -> int:
-        """After how many reasoning tokens the trace is cut in ``epoch``."""
+    def cuts(self, epoch: int, trace_index: int) -> list[int]:
+        """After how many reasoning tokens the trace is cut in ``epoch``, ``branches_per_trace`` draws."""
         trace = self.traces[trace_index]
         length = len(trace.reasoning_ids)
-        cut = self.policy(length, cut_generator(self.seed, epoch, trace.id))
-        if self.sentence_end is None or cut == length:
-            return cut
-        return snap(cut, [i + 1 for i, token in enumerate(trace.reasoning_ids) if self.sentence_end[token]])
+        draws = cut_generator(self.seed, epoch, trace.id)
+        cuts = [self.policy(length, draws) for _ in range(self.branches_per_trace)]
+        if self.sentence_end is None or min(cuts) == length:
+            return cuts
+        ends = [i + 1 for i, token in enumerate(trace.reasoning_ids) if self.sentence_end[token]]
+        return [cut if cut == length else snap(cut, ends) for cut in cuts]
 
     def examples(self, members: Sequence[tuple[int, int]]) -> list[Example]:
         """The examples of (epoch, trace index) pairs."""
-        return [self._example(epoch, index) for epoch, index in members]
-
-    def _example(self, epoch: int, trace_index: int) -> Example:
-        trace, cut = self.traces[trace_index], self.cut(epoch, trace_index)
-        example = cut_example(trace, trace_index, cut, self.think)
-        return with_thinking(example, trace, cut) if self.keep_thinking else example
+        found = []
+        for epoch, index in members:
+            found += branched_examples(
+                self.traces[index], index, self.cuts(epoch, index), self.think, max_tokens=self.max_tokens
+            )
+        return found if self.keep_thinking else [replace(e, thinking_start=0, thinking_labels=[]) for e in found]
