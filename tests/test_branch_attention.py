@@ -1,12 +1,15 @@
 """Our attention kernels against the oracle: in the interpreter (fp32, fp16) or on a GPU (also bf16)."""
 
 import os
+import random
 
 import pytest
 import torch
 from attention_cases import ROWS, draw_tensors, errors, expected, row, rows, with_gradients
+from conftest import make_tiny_model
 from hypothesis import HealthCheck, given, settings
 
+from trsd.models import packed_hidden_states
 from trsd_kernels import packed_layout, varlen_attention
 from trsd_kernels.attention_tiles import Tiling
 
@@ -44,10 +47,7 @@ def test_equals_the_explicit_mask_in_float64_with_gradients(name, device):
 
 @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows(longest=40))
-def test_any_row_equals_the_explicit_mask(case):
-    device = "cpu" if INTERPRETED else "cuda"
-    if not INTERPRETED and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+def test_any_row_equals_the_explicit_mask(device, case):
     layout = packed_layout(*case, device=device)
     check(
         layout,
@@ -202,3 +202,57 @@ def test_what_the_kernels_cannot_do_is_said(device):
     with pytest.raises(ValueError, match="causal only"):
         tensors = draw_tensors(layout, dtype=torch.float16)[:3]
         varlen_attention(*tensors, layout=layout, causal=False, backend="triton")
+
+
+def random_traces(rng):
+    """(lengths, branches) of several traces of 1 to 300 tokens, each cut anywhere, at the ends too, or not at all."""
+    lengths = [rng.choice([1, 2, rng.randint(3, 60), rng.randint(61, 300)]) for _ in range(rng.randint(2, 4))]
+    branches = [
+        [
+            (rng.choice([0, length, rng.randint(0, length)]), rng.choice([1, rng.randint(2, 40)]))
+            for _ in range(rng.randint(0, 4))
+        ]
+        for length in lengths
+    ]
+    return lengths, branches
+
+
+def gradients_of(model, layout, ids, upstream, backend):
+    """Gradients of every parameter, where each token of the row passes back its own random vector."""
+    hidden = packed_hidden_states(model, ids, layout, backend=backend)
+    return torch.autograd.grad((hidden * upstream.to(hidden)).sum(), list(model.model.parameters()))
+
+
+def separate_gradients(model, layout, ids, upstream):
+    """The same, each sequence run alone and only its own segment passing back."""
+    total = [torch.zeros_like(p) for p in model.model.parameters()]
+    for segment, (_, length, _, _) in enumerate(layout.segments()):
+        places = layout.sequence(segment).to(ids.device)
+        own = torch.zeros(len(places), 1, device=ids.device)
+        own[len(places) - length :] = 1.0
+        alone = packed_layout([len(places)], device=ids.device)
+        for sum_, part in zip(
+            total, gradients_of(model, alone, ids[places], own * upstream[places], "sdpa"), strict=True
+        ):
+            sum_ += part
+    return total
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_gradient_of_a_small_qwen3_equals_the_separate_sequences(seed, device, tokenizer, monkeypatch):
+    rng = random.Random(seed)
+    layout = packed_layout(*random_traces(rng), device=device)
+    torch.manual_seed(seed)
+    ids = torch.randint(600, (layout.num_tokens,)).to(device)
+    upstream = torch.randn(layout.num_tokens, 64, dtype=torch.float64).to(device)
+    exact = separate_gradients(make_tiny_model(tokenizer, dtype=torch.float64).to(device), layout, ids, upstream)
+    if INTERPRETED:  # whose time is per tile
+        large = (Tiling(128, 128, 4, 1),) * 3
+        monkeypatch.setattr("trsd_kernels.branch_attention.tilings", lambda *_: large)
+    model = make_tiny_model(tokenizer, dtype=torch.float32).to(device)
+    assert max(errors(gradients_of(model, layout, ids, upstream, "triton"), exact)) <= 1e-5
+    if device == "cuda":
+        model = model.bfloat16()
+        ours = errors(gradients_of(model, layout, ids, upstream, "triton"), exact)
+        theirs = errors(separate_gradients(model, layout, ids, upstream), exact)
+        assert all(a <= 1.5 * b + 1e-3 for a, b in zip(ours, theirs, strict=True)), (ours, theirs)

@@ -129,9 +129,7 @@ class Recipe:
     """Tokens in one packed row; a step that needs more rows accumulates their gradients."""
     max_length: int = 8192
     """Longer traces are dropped and counted."""
-    attn_implementation: Literal["auto", "triton", "flash_attn_4", "flash_attn_3", "flash_attn_2", "torch", "sdpa"] = (
-        "auto"
-    )
+    attn_implementation: AttentionBackend = "auto"
     """Attention of packed rows: auto takes the best that is installed and can; triton is ours, sdpa runs everywhere."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""

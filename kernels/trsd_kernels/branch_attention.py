@@ -8,6 +8,8 @@ the backward: inputs, output and one fp32 number per token and head. The layout 
 single level (Tree Training, arXiv 2511.00413), but cuts may lie anywhere in the trunk and no bit mask is read.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
@@ -115,6 +117,11 @@ def _flags(query: Tensor, key: Tensor, softcap: float, window: int, tiling: Tili
     )
 
 
+def _launch(kernel, programs: int, *arguments, device: torch.device, **flags) -> None:
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](*arguments, **flags)
+
+
 def _strides(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:2]]
 
@@ -141,10 +148,12 @@ def branch_attention_op(
     out = query.new_empty(query.shape)
     lse = query.new_empty(num_heads, num_tokens, dtype=torch.float32)
     if len(forward_tiles):
-        _forward_kernel[(len(forward_tiles) * num_heads,)](
+        _launch(
+            *(_forward_kernel, len(forward_tiles) * num_heads),
             *(query, key, value, out, lse, forward_tiles),
             *_strides(query, key, value, out),
             *(num_tokens, num_heads, softmax_scale, softcap, window),
+            device=query.device,
             **_flags(query, key, softcap, window, Tiling(*blocks[:4])),
         )
     return out, lse
@@ -180,17 +189,21 @@ def branch_attention_backward_op(
     delta = torch.empty_like(lse)
     (num_tokens, num_heads, _), num_kv_heads = query.shape, key.shape[1]
     if len(query_gradient_tiles):
-        _query_gradient_kernel[(len(query_gradient_tiles) * num_heads,)](
+        _launch(
+            *(_query_gradient_kernel, len(query_gradient_tiles) * num_heads),
             *(query, key, value, out, grad_out, lse, delta, grad_query, query_gradient_tiles),
             *_strides(query, key, value, out, grad_out, grad_query),
             *(num_tokens, num_heads, softmax_scale, softcap, window),
+            device=query.device,
             **_flags(query, key, softcap, window, Tiling(*blocks[4:8])),
         )
-        _key_gradient_kernel[(len(key_gradient_tiles) * num_kv_heads,)](
+        _launch(
+            *(_key_gradient_kernel, len(key_gradient_tiles) * num_kv_heads),
             *(query, key, value, grad_out, lse, delta, grad_key, grad_value, prefix_ends, positions),
             key_gradient_tiles,
             *_strides(query, key, value, grad_out, grad_key, grad_value),
             *(num_tokens, num_kv_heads, softmax_scale, softcap, window),
+            device=query.device,
             **_flags(query, key, softcap, window, Tiling(*blocks[8:])),
         )
     return grad_query, grad_key, grad_value

@@ -26,17 +26,17 @@ def sdpa_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))  # [1, H, T, D]
+    # Split, not sliced: the gradient of a slice is as large as the whole row.
+    lengths = layout.lengths.tolist()
+    queries, keys, values = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (query, key, value))  # [1, H, n, D]
     outputs = []
-    for start, length, trunk, cut in layout.segments():
+    for q, k, v, trunk, cut in zip(queries, keys, values, layout.trunks.tolist(), layout.cuts.tolist(), strict=True):
+        length = q.shape[2]
         if not length:
             continue
-        own = slice(start, start + length)
-        k, v = key[:, :, own], value[:, :, own]
         if cut:
-            prefix = slice(trunk, trunk + cut)
-            k, v = torch.cat([key[:, :, prefix], k], dim=2), torch.cat([value[:, :, prefix], v], dim=2)
-        q, mask = query[:, :, own], None
+            k, v = (torch.cat([of[trunk][:, :, :cut], own], dim=2) for of, own in ((keys, k), (values, v)))
+        mask = None
         if causal and (cut or softcap or 0 < window < length):
             mask = _visible(length, cut, window, query.device)
         if softcap:
@@ -46,7 +46,7 @@ def sdpa_attention(
             outputs.append(
                 scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=softmax_scale)
             )
-    return torch.cat(outputs, dim=2)[0].transpose(0, 1) if outputs else query[0].transpose(0, 1)
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1) if outputs else query.clone()
 
 
 def _visible(length: int, cut: int, window: int, device: torch.device) -> Tensor:
