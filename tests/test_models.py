@@ -38,6 +38,21 @@ KINDS = {
     "llama": {},
     "mistral": dict(sliding_window=6),
     "phi3": dict(sliding_window=7),
+    "phi4-mini": dict(
+        model_type="phi3",
+        partial_rotary_factor=0.75,
+        tie_word_embeddings=True,
+        rope_parameters=dict(
+            rope_type="longrope",
+            rope_theta=1e4,
+            partial_rotary_factor=0.75,
+            short_factor=[1.0, 1.1, 1.3],
+            long_factor=[2.0, 3.0, 4.0],
+            original_max_position_embeddings=64,
+        ),
+        max_position_embeddings=256,
+        original_max_position_embeddings=64,
+    ),
     "gemma2": dict(sliding_window=5, attn_logit_softcapping=2.0, query_pre_attn_scalar=8),
     "gemma3_text": dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8),
 }
@@ -45,7 +60,8 @@ KINDS = {
 
 def small_model(kind, **extra):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **(SMALL | KINDS.get(kind, {}) | extra))
+    settings = SMALL | KINDS.get(kind, {}) | extra
+    config = AutoConfig.for_model(settings.pop("model_type", kind), **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
     for parameter in model.parameters():
         parameter.data *= 5.0  # far from uniform attention, so that what is wrong shows

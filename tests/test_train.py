@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import make_tiny_model, make_traces
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trsd import train
+from trsd.methods.trsd import cut_example, with_thinking
 from trsd.metrics import read_metrics
 from trsd.traces import write_traces
 
@@ -126,6 +127,62 @@ def test_online_teacher_gives_the_loss_of_the_hidden_cache(run):
         assert one[1] == pytest.approx(other[1], rel=1e-5)
 
 
+def test_branches_train_as_the_separate_sequences_do(run, monkeypatch):
+    """Three cuts of each trace in every step, sharing the trace or not: the same losses, in fewer tokens."""
+    flags = dict(branches_per_trace=3, alpha=0.7, anchor_share=0.3)
+    together = read_metrics(run("together", **flags) / "metrics.jsonl")
+
+    def one_by_one(trace, index, cuts, think, **_):
+        return [with_thinking(cut_example(trace, index, cut, think), trace, cut) for cut in cuts]
+
+    monkeypatch.setattr("trsd.methods.trsd.branched_examples", one_by_one)
+    separate = read_metrics(run("separate", **flags) / "metrics.jsonl")
+    for one, other in zip(together, separate, strict=True):
+        assert one["supervised_tokens"] == other["supervised_tokens"]
+        assert one["tokens"] < 0.8 * other["tokens"]
+        for name in ("loss", "cross_entropy", "divergence", "thinking_cross_entropy", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4), name
+
+
+def test_resume_with_branches_is_bit_exact(run, tmp_path):
+    whole = run("whole", save_steps=1, max_steps=3, branches_per_trace=4)
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    for later in (2, 3):
+        shutil.rmtree(part / f"checkpoint-{later}")
+    run("part", save_steps=1, max_steps=3, branches_per_trace=4, resume_from_checkpoint="latest")
+    assert losses(part) == losses(whole)
+
+
+def test_an_attention_that_cannot_run_here_is_refused_with_the_reason(run, capsys):
+    error = refusal(capsys, lambda: run("run", attn_implementation="triton"))
+    assert "attn_implementation: attention back end triton cannot serve plain rows: it needs CUDA tensors" in error
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "phi3"])
+def test_other_architectures_train(run, kind, tokenizer, tiny_folder):
+    """Soft caps in the attention and on the logits, windows shorter than the traces, fused projections."""
+    extra = dict(gemma2=dict(final_logit_softcapping=5.0, attn_logit_softcapping=3.0, query_pre_attn_scalar=16))
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=30,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **extra.get(kind, {}),
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tiny_folder)
+    rows = read_metrics(run("run", max_steps=2, branches_per_trace=2) / "metrics.jsonl")
+    assert len(rows) == 2 and all(0 < row["loss"] < float("inf") for row in rows)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -137,6 +194,8 @@ def test_online_teacher_gives_the_loss_of_the_hidden_cache(run):
         dict(closer="anytime", lr_scheduler_type="onecycle"),
         dict(gradient_checkpointing=True, weight_decay=0.1, lr_scheduler_type="constant"),
         dict(bf16=True),
+        dict(branches_per_trace=3, bf16=True, attn_implementation="sdpa"),
+        dict(branches_per_trace=3, gradient_checkpointing=True, teacher="online"),
         dict(max_steps=None, num_train_epochs=0.8),
     ],
 )
@@ -165,6 +224,7 @@ def test_every_loss_option_reaches_the_loss(run):
         other_budget=dict(cut="budgets", cut_budgets="30"),
         anchors=dict(anchor_share=1.0),
         closer=dict(closer="anytime"),
+        branches=dict(branches_per_trace=2),
         seed=dict(seed=1),
     )
     losses_of = {name: first_loss(run, name, **flags) for name, flags in options.items()}

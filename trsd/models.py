@@ -107,7 +107,11 @@ def check_packing(model: PreTrainedModel) -> None:
         "the trunk after the cut": [1, 2, 3, 4, 5, 1, 6, 2, 3, 4],
         "the trunk before the cut": [1, 2, 3, 4, 6, 6, 1, 2, 3, 4],
     }
-    states = [packed_hidden_states(model, torch.tensor(row, device=model.device), layout)[7:] for row in rows.values()]
+    backend = packed_attention_backend(model.config, "auto", device=model.device, dtype=model.dtype, branches=True)
+    states = [
+        packed_hidden_states(model, torch.tensor(row, device=model.device), layout, backend=backend)[7:]
+        for row in rows.values()
+    ]
     same = [torch.equal(state.nan_to_num(), states[0].nan_to_num()) for state in states]
     if same != [True, True, True, False]:
         raise InputError(
