@@ -1,4 +1,4 @@
-"""One set of results a session, kept as JSON and printed at its end."""
+"""One set of results a suite, kept as JSON and printed at the end of the session."""
 
 import os
 import time
@@ -9,14 +9,15 @@ import torch
 from bench.measure import forget
 from bench.record import Results
 
-RESULTS = pytest.StashKey[Results]()
+RESULTS = pytest.StashKey[list[Results]]()
 
 
-@pytest.fixture(scope="session")
-def results(pytestconfig: pytest.Config, one_thread: None) -> Results:
-    """The session's lines."""
-    pytestconfig.stash[RESULTS] = Results("linear_distill")
-    return pytestconfig.stash[RESULTS]
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest, one_thread: None) -> Results:
+    """The lines of the module's suite; the module's SUITE is its (name, title)."""
+    suite = Results(*request.module.SUITE)
+    request.config.stash.setdefault(RESULTS, []).append(suite)
+    return suite
 
 
 @pytest.fixture(scope="session")
@@ -42,8 +43,10 @@ def clean_memory():
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if (results := config.stash.get(RESULTS, None)) and results.lines:
-        terminalreporter.section("fused_linear_distillation, forward and backward")
+    for results in config.stash.get(RESULTS, []):
+        if not results.lines:
+            continue
+        terminalreporter.section(results.title)
         environment = ", ".join(f"{name} {value}" for name, value in results.environment.items())
         terminalreporter.write_line(environment)
         terminalreporter.write_line(results.table())

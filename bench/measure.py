@@ -1,28 +1,102 @@
-"""Times and peak memory of one contender, in turn with the bare products, so that a drifting clock moves both."""
+"""Times and peak memory of one contender, in turn with a reference, so that a drifting clock moves both."""
 
 import gc
 import statistics
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 
 from bench.contenders import BARE_GEMMS, Contender
 from bench.live_bytes import LiveBytes
+from bench.record import Line, Results
 from bench.shapes import Inputs, Loss
 
 SECONDS_PER_LINE = 1.0
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
 
 
-class Run:
-    """Forward and backward of one contender, timed one by one."""
+class NotMeasured(Exception):
+    """A contender that cannot run here; its text says why."""
+
+
+class Rounds:
+    """Some work, timed one round after the other."""
+
+    def __init__(self, work: Callable[[], None], *, on_gpu: bool, repeats: int = 1) -> None:
+        """Take the work.
+
+        Args:
+            work: what is timed.
+            on_gpu: by the GPU's clock.
+            repeats: how often the work runs in a round, where a GPU must not wait for so short a work's launch.
+        """
+        self.work, self.on_gpu, self.repeats = work, on_gpu, repeats
+        self.seconds: list[float] = []
+
+    def clean_up(self) -> None:
+        """Drop what the work leaves behind; not timed."""
+
+    def once(self) -> None:
+        """One timed round."""
+        if self.on_gpu:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            self._repeat()
+            end.record()
+            end.synchronize()
+            seconds = start.elapsed_time(end) / 1000
+        else:
+            begun = time.perf_counter()
+            self._repeat()
+            seconds = time.perf_counter() - begun
+        self.seconds.append(seconds / self.repeats)
+        self.clean_up()
+
+    def _repeat(self) -> None:
+        for _ in range(self.repeats):
+            self.work()
+
+    def warm_up(self) -> float:
+        """Seconds of a round once everything is compiled and allocated."""
+        for _ in range(3 if self.on_gpu else 2):
+            self.once()
+        seconds = self.seconds[-1] * self.repeats
+        self.seconds.clear()
+        return seconds
+
+    def peak_bytes(self) -> int | None:
+        """Most bytes live beyond what was before; None where they cannot be counted."""
+        peak = self._peak_bytes_on_a_gpu() if self.on_gpu else self._peak_bytes_on_a_cpu()
+        self.clean_up()
+        return peak
+
+    def _peak_bytes_on_a_gpu(self) -> int:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.work()
+        return torch.cuda.max_memory_allocated() - before
+
+    def _peak_bytes_on_a_cpu(self) -> int | None:
+        with LiveBytes() as memory:
+            self.work()
+        return memory.peak
+
+    @property
+    def milliseconds(self) -> float:
+        return 1000 * statistics.median(self.seconds)
+
+
+class Run(Rounds):
+    """Forward and backward of one contender's loss."""
 
     def __init__(self, contender: Contender, inputs: Inputs, loss: Loss) -> None:
+        super().__init__(self.forward_and_backward, on_gpu=inputs.labels.is_cuda)
         self.contender, self.inputs, self.loss = contender, inputs, loss
         self.step = contender.step(inputs, loss)
-        self.on_gpu = inputs.labels.is_cuda
-        self.seconds: list[float] = []
         self.loss_value: float | None = None
         self.gradient_bytes: int | None = None
 
@@ -32,53 +106,15 @@ class Run:
             loss.backward()
             self.loss_value = loss.detach()
 
-    def drop_gradients(self) -> None:
+    def clean_up(self) -> None:
+        gradients = [x.grad for x in self.inputs.trained().values() if x.grad is not None]
+        self.gradient_bytes = sum(x.nbytes for x in gradients) if gradients else None
         for tensor in self.inputs.trained().values():
             tensor.grad = None
 
-    def once(self) -> None:
-        """One timed round."""
-        if self.on_gpu:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            start.record()
-            self.forward_and_backward()
-            end.record()
-            end.synchronize()
-            self.seconds.append(start.elapsed_time(end) / 1000)
-        else:
-            start = time.perf_counter()
-            self.forward_and_backward()
-            self.seconds.append(time.perf_counter() - start)
-        self.drop_gradients()
-
-    def warm_up(self) -> float:
-        """Seconds of a round once everything is compiled and allocated."""
-        for _ in range(3 if self.on_gpu else 2):
-            self.once()
-        seconds = self.seconds[-1]
-        self.seconds.clear()
-        return seconds
-
-    def peak_bytes(self) -> int | None:
-        """Most bytes live beyond what was before, gradients included; None where they cannot be counted."""
-        before = torch.cuda.memory_allocated() if self.on_gpu else 0
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            self.forward_and_backward()
-            peak = torch.cuda.max_memory_allocated() - before
-        else:
-            peak = self._peak_bytes_on_a_cpu()
-        gradients = [x.grad for x in self.inputs.trained().values() if x.grad is not None]
-        self.gradient_bytes = sum(x.nbytes for x in gradients) if gradients else None
-        self.drop_gradients()
-        return peak
-
     def _peak_bytes_on_a_cpu(self) -> int | None:
         if self.contender.countable is None and not self.contender.uncounted:
-            with LiveBytes() as memory:
-                self.forward_and_backward()
-            return memory.peak
+            return super()._peak_bytes_on_a_cpu()
         self.forward_and_backward()
         if self.contender.countable is None:
             return None
@@ -86,32 +122,79 @@ class Run:
             self.contender.countable(self.inputs, self.loss)
         return memory.peak
 
-    @property
-    def milliseconds(self) -> float:
-        return 1000 * statistics.median(self.seconds)
-
 
 def compare(
     benchmark: Callable, contender: Contender, inputs: Inputs, loss: Loss, *, reference: Contender = BARE_GEMMS
 ) -> dict[str, object]:
-    """The measured fields of a ``record.Line``: the contender by the ``benchmark`` fixture, the reference in turn."""
-    run = Run(contender, inputs, loss)
-    slowest = run.warm_up()
-    peak = run.peak_bytes()
-    floor = Run(reference, inputs, loss)
-    slowest += floor.warm_up()
-    floor_peak = floor.peak_bytes()
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(SECONDS_PER_LINE / slowest)))
-    benchmark.pedantic(run.once, setup=floor.once, rounds=rounds)
+    """The measured fields of a ``LossLine``: the contender by the ``benchmark`` fixture, the reference in turn."""
+    run, floor = Run(contender, inputs, loss), Run(reference, inputs, loss)
+    measured = take_turns(benchmark, run, floor)
     return dict(
-        milliseconds=run.milliseconds,
-        bare_gemms_milliseconds=floor.milliseconds,
-        rounds=len(run.seconds),
-        peak_bytes=peak,
-        bare_gemms_peak_bytes=floor_peak,
+        milliseconds=measured["milliseconds"],
+        bare_gemms_milliseconds=measured["reference_milliseconds"],
+        rounds=measured["rounds"],
+        peak_bytes=measured["peak_bytes"],
+        bare_gemms_peak_bytes=measured["reference_peak_bytes"],
         gradient_bytes=run.gradient_bytes,
         loss_value=None if run.loss_value is None else float(run.loss_value),
     )
+
+
+def take_turns(benchmark: Callable, run: Rounds, reference: Rounds) -> dict[str, object]:
+    """The measured fields of an ``InTurnLine``: warm-up and memory of each, then both round by round."""
+    slowest = run.warm_up()
+    peak = run.peak_bytes()
+    slowest += reference.warm_up()
+    reference_peak = reference.peak_bytes()
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(SECONDS_PER_LINE / slowest)))
+    benchmark.pedantic(run.once, setup=reference.once, rounds=rounds)
+    return dict(
+        milliseconds=run.milliseconds,
+        reference_milliseconds=reference.milliseconds,
+        rounds=len(run.seconds),
+        peak_bytes=peak,
+        reference_peak_bytes=reference_peak,
+    )
+
+
+def record_lines(
+    results: Results,
+    lines: Sequence[Callable[..., Line]],
+    measure: Callable[[], Sequence[dict[str, object]]],
+    *,
+    out_of_time: Callable[[], bool],
+    install: str = "",
+) -> None:
+    """Measure one line or several together and add them to the results, whatever becomes of them.
+
+    Args:
+        results: where they go.
+        lines: makes each line from its measured fields, or from its outcome alone.
+        measure: the measured fields, line by line.
+        out_of_time: whether nothing more is to be measured.
+        install: what ``pip install`` takes to bring a contender along that raises ImportError.
+    """
+    missing, out_of_memory, measured = "", False, ()
+    try:
+        if out_of_time():
+            raise NotMeasured("TRSD_BENCH_SECONDS have passed")
+        measured = measure()
+    except (ImportError, NotMeasured) as error:
+        missing = f"pip install {install} ({error})" if install else str(error)
+    except torch.OutOfMemoryError:
+        out_of_memory = True
+    except Exception as error:
+        for line in lines:
+            results.add(line(outcome=f"failed: {type(error).__name__}: {str(error)[:80]!r}"))
+        traceback.clear_frames(error.__traceback__)  # or its tensors would take the memory of the lines that follow
+        raise
+    if missing or out_of_memory:
+        outcome = "out of memory" if out_of_memory else f"not measured: {missing}"
+        for line in lines:
+            results.add(line(outcome=outcome))
+        pytest.skip("out of memory, which is the result" if out_of_memory else outcome)
+    for line, fields in zip(lines, measured, strict=True):
+        results.add(line(**fields))
 
 
 def forget() -> None:

@@ -1,4 +1,4 @@
-"""Results of a benchmark: lines in memory, a JSON file of them, an aligned table."""
+"""Results of a suite: lines in memory, a JSON file of them, an aligned table."""
 
 import dataclasses
 import datetime
@@ -9,53 +9,38 @@ import platform
 import re
 import subprocess
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 import torch
 
 HERE = Path(__file__).parent
 GIB = 2**30
+PACKAGES = ("triton", "transformers", "trl", "liger-kernel", "flash-attn", "flash-attn-4")
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """One contender at one shape; what was not measured is None."""
+class Line(Protocol):
+    """What one contender did, a frozen dataclass (``lines.py``); what was not measured is None."""
 
-    num_tokens: int
-    vocab_size: int
-    student_hidden_size: int
-    teacher_hidden_size: int
-    dtype: str
-    loss: str
-    head: str
-    """"trained" or "frozen"."""
     contender: str
-    outcome: str = "ok"
-    milliseconds: float | None = None
-    """Median of forward and backward."""
-    bare_gemms_milliseconds: float | None = None
-    """Median of the bare products, run in turn with this line."""
-    rounds: int = 0
-    peak_bytes: int | None = None
-    """Beyond the inputs, gradients included."""
-    bare_gemms_peak_bytes: int | None = None
-    gradient_bytes: int | None = None
-    loss_value: float | None = None
+    outcome: str
+    """"ok", or why there is nothing else."""
+    columns: ClassVar[tuple[str, ...]]
 
     @property
-    def time_ratio(self) -> float | None:
-        """Times the bare products' median."""
-        return self.milliseconds and self.milliseconds / self.bare_gemms_milliseconds
+    def group(self) -> str:
+        """What the line may be compared with."""
+        ...
 
-    @property
-    def memory_ratio(self) -> float | None:
-        """Times the bare products' peak."""
-        return self.peak_bytes and self.peak_bytes / self.bare_gemms_peak_bytes
+    def cells(self) -> tuple[str, ...]:
+        """A cell per column."""
+        ...
 
 
 class Results:
-    """Lines as they come; the file is written anew after each, so that a crash loses none."""
+    """A suite's lines as they come; the file is written anew after each, so that a crash loses none."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, title: str) -> None:
+        self.title = title
         self.environment = environment()
         self.path = results_path(name, self.environment["device"], self.environment["date"])
         self.lines: list[Line] = []
@@ -65,48 +50,35 @@ class Results:
         lines = [dataclasses.asdict(each) for each in self.lines]
         write_json(self.path, {"environment": self.environment, "lines": lines})
 
-    def find(self, num_tokens: int, loss: str, head: str, contender: str) -> Line | None:
-        """The line of these names that was measured, if any."""
-        wanted = (num_tokens, loss, head, contender)
+    def find(self, **wanted: object) -> Line | None:
+        """The first line with these fields that was measured, if any."""
         for line in self.lines:
-            if (line.num_tokens, line.loss, line.head, line.contender) == wanted and line.outcome == "ok":
+            if line.outcome == "ok" and all(getattr(line, name, None) == value for name, value in wanted.items()):
                 return line
         return None
 
     def table(self) -> str:
-        """Every line, grouped by what it may be compared with."""
-        header = ("", "ms", "x GEMMs", "peak GiB", "x GEMMs", "grads GiB", "loss", "rounds")
-        text, previous = [], None
-        for line in sorted(self.lines, key=lambda line: (line.num_tokens, line.vocab_size, line.loss, line.head)):
-            group = (
-                f"{line.num_tokens} tokens, {line.vocab_size} vocabulary, "
-                f"{line.student_hidden_size} <- {line.teacher_hidden_size}, {line.dtype}, {line.loss}, {line.head} head"
-            )
-            if group != previous:
-                text += ["", group, _row(header)]
-                previous = group
-            text.append(_row(_cells(line)) if line.outcome == "ok" else f"{line.contender:<26}{line.outcome}")
+        """Every line under its group, groups in the order in which they began."""
+        groups: dict[str, list[Line]] = {}
+        for line in self.lines:
+            groups.setdefault(line.group, []).append(line)
+        width = max((len(line.contender) for line in self.lines), default=0) + 2
+        text = []
+        for group, lines in groups.items():
+            text += ["", group, _row("", lines[0].columns, width)]
+            for line in lines:
+                cells = line.cells() if line.outcome == "ok" else ()
+                text.append(_row(line.contender, cells, width) if cells else f"{line.contender:<{width}}{line.outcome}")
         return "\n".join(text)
 
 
-def _row(cells: tuple[str, ...]) -> str:
-    return f"{cells[0]:<26}" + "".join(f"{cell:>10}" for cell in cells[1:])
+def _row(name: str, cells: tuple[str, ...], width: int) -> str:
+    return f"{name:<{width}}" + "".join(f"{cell:>11}" for cell in cells)
 
 
-def _cells(line: Line) -> tuple[str, ...]:
-    def shown(value: float | None, digits: int) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
-
-    return (
-        line.contender,
-        shown(line.milliseconds, 2),
-        shown(line.time_ratio, 2),
-        shown(line.peak_bytes and line.peak_bytes / GIB, 3),
-        shown(line.memory_ratio, 2),
-        shown(line.gradient_bytes and line.gradient_bytes / GIB, 3),
-        shown(line.loss_value, 4),
-        str(line.rounds),
-    )
+def shown(value: float | None, digits: int) -> str:
+    """A cell of a table."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:
@@ -130,7 +102,7 @@ def environment() -> dict[str, str]:
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: _version(name) for name in ("triton", "trl", "liger-kernel")},
+        **{name: _version(name) for name in PACKAGES},
     }
 
 

@@ -7,7 +7,6 @@ the targets need come first, those that compile for long last.
 """
 
 import statistics
-import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,10 +14,12 @@ import pytest
 import torch
 
 from bench import contenders as c
-from bench.measure import Run, compare
-from bench.record import Line, Results
+from bench.lines import LossLine
+from bench.measure import Run, compare, record_lines
+from bench.record import Results
 from bench.shapes import CE_JSD, CE_KL, CPU_SHAPES, GPU_SHAPES, JSD, KL, Loss, Shape, draw
 
+SUITE = ("linear_distill", "fused_linear_distillation, forward and backward")
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE, SHAPES = ("cuda", torch.bfloat16, GPU_SHAPES) if ON_GPU else ("cpu", torch.float32, CPU_SHAPES)
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="a target for a GPU, and there is no CUDA device")
@@ -46,10 +47,10 @@ class Case(NamedTuple):
     head_is_trained: bool
     contender: c.Contender
 
-    def line(self, **measured: object) -> Line:
+    def line(self, **measured: object) -> LossLine:
         head = "trained" if self.head_is_trained else "frozen"
         dtype = str(DTYPE).removeprefix("torch.")
-        return Line(*self.shape, dtype, self.loss.name, head, self.contender.name, **measured)
+        return LossLine(*self.shape, dtype, self.loss.name, head, self.contender.name, **measured)
 
     def __str__(self) -> str:
         line = self.line()
@@ -82,28 +83,13 @@ def test_forward_and_backward(case, benchmark, results, out_of_time):
 
 def measure_line(case: Case, benchmark: Callable, results: Results, out_of_time: Callable[[], bool]) -> None:
     """Add the case's line to the results, whatever becomes of it."""
-    if out_of_time():
-        pytest.skip(f"{case}: TRSD_BENCH_SECONDS have passed")
     benchmark.group = f"{case.shape.num_tokens} tokens, {case.loss.name}, trained head: {case.head_is_trained}"
-    missing = out_of_memory = False
-    try:
+
+    def measure() -> list[dict[str, object]]:
         inputs = draw(case.shape, device=DEVICE, dtype=DTYPE, head_is_trained=case.head_is_trained)
-        measured = compare(benchmark, case.contender, inputs, case.loss)
-    except ImportError as error:
-        missing = str(error)
-    except torch.OutOfMemoryError:
-        out_of_memory = True
-    except Exception as error:
-        results.add(case.line(outcome=f"failed: {type(error).__name__}: {str(error)[:80]!r}"))
-        traceback.clear_frames(error.__traceback__)  # or its tensors would take the memory of the lines that follow
-        raise
-    if missing:
-        results.add(case.line(outcome=f"not measured: pip install {case.contender.install}"))
-        pytest.skip(f"{case.contender.name} is not installed: pip install {case.contender.install} ({missing})")
-    if out_of_memory:
-        results.add(case.line(outcome="out of memory"))
-        pytest.skip(f"{case}: out of memory, which is its result")
-    results.add(case.line(**measured))
+        return [compare(benchmark, case.contender, inputs, case.loss)]
+
+    record_lines(results, [case.line], measure, out_of_time=out_of_time, install=case.contender.install)
 
 
 class Target(NamedTuple):
@@ -120,15 +106,15 @@ class Target(NamedTuple):
         others = self.others[0].name if self.others else "bare GEMMs"
         return f"{self.num_tokens} {self.loss.name}: {self.quantity} of {self.ours.name} <= {self.limit:.2f} x {others}"
 
-    def lines(self, results: Results) -> tuple[Line | None, list[Line]]:
+    def lines(self, results: Results) -> tuple[LossLine | None, list[LossLine]]:
         """(our line, the others' lines), as far as they were measured."""
         ours, *others = (
-            results.find(self.num_tokens, self.loss.name, "trained", contender.name)
+            results.find(num_tokens=self.num_tokens, loss=self.loss.name, head="trained", contender=contender.name)
             for contender in (self.ours, *self.others)
         )
         return ours, [line for line in others if line]
 
-    def reached(self, ours: Line, others: list[Line]) -> float:
+    def reached(self, ours: LossLine, others: list[LossLine]) -> float:
         """Measured, as a multiple. Times are compared by their ratios to the bare products run in turn with each."""
         if self.quantity == "memory":
             return ours.peak_bytes / min(line.peak_bytes for line in others)

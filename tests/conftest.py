@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from trsd.demo.problems import draw_problems
 from trsd.models import PACKED_ATTENTION, tokenizer_fingerprint
 from trsd.thinking import ThinkFormat
 from trsd.traces import Trace
+
+settings.register_profile("noisy_machine", deadline=None)
+settings.load_profile("noisy_machine")
 
 REASONER = Path(__file__).parent.parent / "trsd" / "demo" / "reasoner"
 

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trsd.batching import Example, TraceStream, pack_examples
+from trsd.batching import Branch, Example, TraceStream, pack_examples
 
 
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=30))
@@ -22,6 +22,33 @@ def test_packed_rows_hold_every_example_and_point_at_the_predicting_positions(si
         # a label is the token after the one that predicts it
         assert (batch.input_ids[batch.rows] + 1 == batch.labels).all()
         assert (batch.input_ids % 1000 == batch.layout.position_ids).all()
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 6)), max_size=6), st.integers(0, 5))
+def test_branches_are_placed_by_their_cuts_with_what_belongs_to_each(branches, thinking):
+    """Tokens name their branch, labels follow their tokens, and each trace's targets come as often as it is learnt."""
+    tokens = [[100 * (n + 1) + i for i in range(size + 1)] for n, (_, size) in enumerate(branches)]
+    example = Example(
+        trace_index=7,
+        input_ids=list(range(9)),
+        labels=[8, 9],
+        count=2,
+        thinking_start=1,
+        thinking_labels=list(range(2, 2 + thinking)),
+        branches=tuple(
+            Branch(cut=cut, input_ids=ids[:-1], labels=ids[1:], count=n + 1)
+            for n, ((cut, _), ids) in enumerate(zip(branches, tokens, strict=True))
+        ),
+    )
+    (batch,) = pack_examples([example], 200, "cpu")
+    assert batch.trace_indices == (7,) * (1 + len(branches))
+    assert (batch.input_ids[batch.rows] + 1 == batch.labels).all()
+    weight_of = dict(zip(batch.labels.tolist(), batch.weights.tolist(), strict=True))
+    assert weight_of == {8: 2, 9: 2} | {id_: n + 1 for n, ids in enumerate(tokens) for id_ in ids[1:]}
+    assert batch.num_items == sum(weight_of.values())
+    assert (batch.input_ids[batch.thinking_rows] + 1 == batch.thinking_labels).all()
+    shared = [2 + sum(n + 1 for n, (cut, _) in enumerate(branches) if cut > token) for token in range(2, 2 + thinking)]
+    assert batch.thinking_weights.tolist() == shared and batch.num_thinking == sum(shared)
 
 
 def test_stream_visits_every_trace_once_an_epoch_in_a_new_order():

@@ -45,7 +45,7 @@ def test_equals_the_explicit_mask_in_float64_with_gradients(name, device):
     check(layout, draw_tensors(layout, dtype=torch.float32), 1e-5, softmax_scale=0.25)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, suppress_health_check=list(HealthCheck))
 @given(rows(longest=40))
 def test_any_row_equals_the_explicit_mask(device, case):
     layout = packed_layout(*case, device=device)
@@ -165,19 +165,19 @@ def test_the_op_passes_torchs_own_checks(device):
 
 def test_compiled_whole_with_new_layouts_without_graph_breaks(device):
     torch.compiler.reset()
-    calls = []
+    graphs = []
 
     def through(query, key, value, layout):
         out = varlen_attention(2 * query, key, value, layout=layout, softmax_scale=0.25, backend="triton")
         return out.square().sum()
 
     def counting(graph, example):
-        calls.append(len(graph.graph.nodes))
+        graphs.append(graph)
         return graph
 
     compiled = torch.compile(through, fullgraph=True, backend=counting if INTERPRETED else "inductor", dynamic=True)
-    for name in ("one branch", "cuts at both ends", "sequences"):
-        layout = row(name, device)
+    for n in range(11):  # more than dynamo's limit of recompilations
+        layout = packed_layout([12, 5 + n], [[(3, n + 1)] * (n % 3 + 1), []], device=device)
         tensors = draw_tensors(layout, dtype=torch.float32)
         inputs = [x.clone().requires_grad_() for x in tensors[:3]]
         plain = [x.clone().requires_grad_() for x in tensors[:3]]
@@ -186,6 +186,7 @@ def test_compiled_whole_with_new_layouts_without_graph_breaks(device):
         want = torch.autograd.grad(through(*plain, layout), plain)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
+    assert not INTERPRETED or 1 <= len(graphs) <= 3
     torch.compiler.reset()
 
 

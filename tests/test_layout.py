@@ -87,6 +87,9 @@ def test_every_original_sequence_is_rebuilt_from_the_layout(case):
         assert layout.predictors[start : start + length].tolist() == before
     for parts, order in zip(case[1], layout.branch_order, strict=True):
         assert [parts[i][0] for i in order] == sorted(cut for cut, _ in parts)
+    assert layout.has_branches == any(case[1])
+    if layout.num_tokens:
+        assert layout.max_position == layout.position_ids.max() and layout.max_seqlen == layout.lengths.max()
 
 
 @given(rows(), st.randoms(use_true_random=False))
@@ -140,10 +143,12 @@ def test_shift_labels_refuses_branches_and_wrong_shapes():
         ([4], [[(1, -3)]], "branch 0: expected a length"),
         ([4, 4], [[]], "one list per trunk, got 1 for 2"),
         ([2**31], None, "at most 2,147,483,647 tokens"),
+        ([10.9], None, "trunk 0: expected whole numbers of tokens, got 10.9"),
+        ([10], [[(7.5, 3)]], "trunk 0: expected whole numbers of tokens, got 7.5"),
     ],
 )
 def test_impossible_layouts_are_refused(lengths, branches, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         packed_layout(lengths, branches)
 
 
@@ -196,6 +201,18 @@ def test_heaviest_tiles_come_first(name):
     layout = row(name)
     work = [prefix + end - own for _, end, _, prefix, own in query_tiles(layout, 8).tolist()]
     assert work == sorted(work, reverse=True)
+
+
+def test_lengths_and_cuts_may_be_tensors():
+    given = packed_layout(torch.tensor([10, 4]), [torch.tensor([[7, 3]]), []])
+    assert given.segments() == packed_layout([10, 4], [[(7, 3)], []]).segments()
+
+
+def test_a_layout_of_an_evaluation_serves_training():
+    layout = row("one branch")
+    with torch.inference_mode():
+        tiles = query_tiles(layout, 16)
+    assert not tiles.is_inference()
 
 
 def test_what_is_derived_from_a_layout_is_made_once_and_moves_with_the_device():

@@ -4,6 +4,7 @@ from conftest import make_tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from trsd import models
 from trsd.errors import InputError
 from trsd.models import (
     load_model,
@@ -145,6 +146,47 @@ def test_rotary_factors_that_change_with_the_length_are_not_mixed(kind, longest)
         run(longest, 5)
     if kind == "longrope":
         run(longest, longest + 3)
+    with pytest.raises(InputError, match=f"{kind} rotary"):  # a branch can be what is long
+        packed_hidden_states(
+            model, torch.zeros(longest + 2, dtype=torch.int64), packed_layout([longest - 3], [[(longest - 5, 5)]])
+        )
+
+
+@pytest.mark.parametrize("lengths,branches", [([7], None), ([5], [[(4, 3)]]), ([3, 6], None)])
+def test_windows_begin_to_matter_one_token_after_their_length(lengths, branches, monkeypatch):
+    model = small_model("mistral")  # a window of 6
+    layout = packed_layout(lengths, branches)
+    ids = torch.randint(640, (layout.num_tokens,))
+    places = [layout.sequence(segment) for segment in range(layout.num_segments)]
+    separate = [alone(model, ids[place], monkeypatch) for place in places]
+    model.set_attn_implementation("trsd_varlen")
+    packed = packed_hidden_states(model, ids, layout)
+    for place, hidden in zip(places, separate, strict=True):
+        torch.testing.assert_close(packed[place], hidden, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_that_is_not_causal_is_refused():
+    model = small_model("qwen3")
+    model.set_attn_implementation("trsd_varlen")
+    model.model.layers[0].self_attn.is_causal = False
+    with pytest.raises(InputError, match="not causal"):
+        packed_hidden_states(model, torch.arange(4), packed_layout([4]))
+
+
+def test_a_window_matters_to_the_choice_only_where_a_sequence_reaches_it():
+    config = small_model("mistral").config  # which has no layer_types
+    here = dict(device="cuda", dtype=torch.bfloat16, branches=True)
+    seen = []
+
+    def choose(request, wanted):
+        seen.append(request.window)
+        return wanted
+
+    for max_length in (None, 7, 6):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(models, "choose_backend", choose)
+            packed_attention_backend(config, "torch", **here, max_length=max_length)
+    assert seen == [6, 6, 0]
 
 
 def test_plain_attention_is_undone_even_after_an_error(tiny_model):
@@ -229,6 +271,59 @@ def test_loaded_model_is_the_saved_one(tokenizer, tiny_folder):
     model = load_model(tiny_folder, dtype=torch.float32, device="cpu")
     saved = make_tiny_model(tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "granite", "gemma2"])
+def test_other_kinds_pass_what_loading_checks(kind, tmp_path):
+    """Experts without a capacity, logits scaled and capped."""
+    extra = dict(
+        qwen3_moe=dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
+        granite=dict(logits_scaling=8.0),
+        gemma2=dict(final_logit_softcapping=1.0),
+    )
+    small_model(kind, **extra[kind]).float().save_pretrained(tmp_path)
+    load_model(tmp_path, dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "kind,extra,message",
+    [
+        ("hyperclovax", dict(logits_scaling=0.125), "its logits are not its hidden states times the lm_head"),
+        ("stablelm", {}, "StableLmForCausalLM cannot run packed rows, choose another architecture"),
+        ("recurrent_gemma", {}, "RecurrentGemmaForCausalLM"),
+        (
+            "deepseek_v3",
+            dict(
+                q_lora_rank=16,
+                kv_lora_rank=16,
+                qk_rope_head_dim=8,
+                qk_nope_head_dim=8,
+                v_head_dim=8,
+                first_k_dense_replace=2,
+            ),
+            "DeepseekV3ForCausalLM cannot run packed rows",
+        ),
+    ],
+)
+def test_kinds_that_fail_what_loading_checks_are_refused_by_name(kind, extra, message, tmp_path):
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **extra)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=message):
+        load_model(tmp_path, dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize("seen", ["the whole trunk", "nothing of the trunk"])
+def test_branches_that_see_too_much_or_too_little_are_found_when_loading(seen, tiny_folder, monkeypatch):
+    true = models.varlen_attention
+
+    def wrong(*tensors, layout, **options):
+        if layout.has_branches:
+            cut = 4 if seen == "the whole trunk" else 0
+            layout = packed_layout([3, 4], [[], [(cut, 3)]])
+        return true(*tensors, layout=layout, **options)
+
+    monkeypatch.setattr(models, "varlen_attention", wrong)
+    with pytest.raises(InputError, match="do not keep packed sequences apart"):
+        load_model(tiny_folder, dtype=torch.float32, device="cpu")
 
 
 def test_models_that_mix_packed_sequences_are_refused_by_name(tmp_path, tokenizer):

@@ -1,9 +1,11 @@
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import yaml
 
-from trsd.recipe import Recipe, parse_recipe, recipe_as_yaml, resolve_budgets, shipped_recipes
+from trsd.recipe import AttentionBackend, Recipe, parse_recipe, recipe_as_yaml, resolve_budgets, shipped_recipes
+from trsd_kernels.attention_backends import BACKENDS
 
 
 @pytest.fixture
@@ -105,6 +107,10 @@ def test_a_model_or_data_of_ones_own_does_not_inherit_the_demos_limits(words):
 
 def test_resolve_budgets_takes_percents_of_the_median():
     assert resolve_budgets(("0", "25%", "64", "100%"), 90.0) == {"0": 0, "25%": 22, "64": 64, "100%": 90}
+
+
+def test_every_attention_back_end_can_be_named():
+    assert get_args(AttentionBackend) == ("auto", "triton", *(name for name in BACKENDS if name != "triton"))
 
 
 def test_every_field_is_documented():

@@ -144,6 +144,20 @@ def test_branches_train_as_the_separate_sequences_do(run, monkeypatch):
             assert one[name] == pytest.approx(other[name], rel=1e-4), name
 
 
+def test_the_recipes_attention_is_what_runs(run, monkeypatch):
+    asked = set()
+    true = train.packed_hidden_states
+
+    def seen(*arguments, backend):
+        asked.add(backend)
+        return true(*arguments, backend=backend)
+
+    monkeypatch.setattr(train, "packed_hidden_states", seen)
+    monkeypatch.setattr("trsd.teachers.packed_hidden_states", seen)
+    run("run", max_steps=1, branches_per_trace=2)
+    assert asked == {"sdpa"}
+
+
 def test_resume_with_branches_is_bit_exact(run, tmp_path):
     whole = run("whole", save_steps=1, max_steps=3, branches_per_trace=4)
     part = tmp_path / "part"
@@ -194,7 +208,7 @@ def test_other_architectures_train(run, kind, tokenizer, tiny_folder):
         dict(closer="anytime", lr_scheduler_type="onecycle"),
         dict(gradient_checkpointing=True, weight_decay=0.1, lr_scheduler_type="constant"),
         dict(bf16=True),
-        dict(branches_per_trace=3, bf16=True, attn_implementation="sdpa"),
+        dict(branches_per_trace=3, bf16=True, attn_implementation="sdpa", loss_chunk_bytes=5000),
         dict(branches_per_trace=3, gradient_checkpointing=True, teacher="online"),
         dict(max_steps=None, num_train_epochs=0.8),
     ],

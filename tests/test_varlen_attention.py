@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from attention_cases import ROWS, PlainKernels, draw_tensors, errors, expected, row, rows, with_gradients
-from hypothesis import given, settings
+from hypothesis import given
 
 from trsd_kernels import attention_backends, choose_backend, cu_seqlens_of, packed_layout, varlen_attention
 from trsd_kernels.attention_backends import BACKENDS, AttentionRequest
@@ -82,7 +82,6 @@ def test_other_branches_and_later_trace_tokens_leave_a_branch_bit_identical():
 # Branches in pieces, on kernels that know only plain varlen attention.
 
 
-@settings(deadline=None)
 @given(rows(longest=30))
 def test_pieces_cover_the_mask_once(case):
     layout = packed_layout(*case)
@@ -284,6 +283,13 @@ def test_only_arguments_a_release_has_are_passed():
 # The choice.
 
 
+@pytest.fixture(autouse=True)
+def a_hopper_gpu(monkeypatch):
+    """The choice asks for the GPU's capability, which is to be had without one here."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(attention_backends, "capability", lambda device: (9, 0))
+
+
 def request(device=CUDA, dtype=torch.bfloat16, head_dim=128, has_branches=False, **rest):
     return AttentionRequest(device, dtype, head_dim, has_branches, **rest)
 
@@ -293,10 +299,11 @@ def installed(monkeypatch):
     """Pretend that exactly these packages are here."""
 
     def pretend(*names):
-        for name, adapter in BACKENDS.items():
-            if issubclass(adapter, attention_backends.Flash):
-                there = types.ModuleType(adapter.module) if name in names else None
-                monkeypatch.setitem(sys.modules, adapter.module, there)
+        modules = {BACKENDS[name].module for name in names if name != "triton"}
+        problem = lambda module: None if module in modules else "not here"  # noqa: E731
+        monkeypatch.setattr(attention_backends, "import_problem", problem)
+        newest = lambda max_seqlen_q: None  # noqa: E731
+        monkeypatch.setattr(BACKENDS["flash_attn_4"], "function", lambda name: newest)
         find = lambda module: "here" if "triton" in names else None  # noqa: E731
         monkeypatch.setattr(attention_backends.importlib.util, "find_spec", find)
 
@@ -308,6 +315,8 @@ def installed(monkeypatch):
     [
         (("flash_attn_2", "flash_attn_4", "torch", "triton"), {}, "flash_attn_4"),
         (("flash_attn_2", "flash_attn_3", "torch", "triton"), {}, "flash_attn_3"),
+        (("flash_attn_2", "flash_attn_4", "torch"), dict(head_dim=256), "flash_attn_2"),
+        (("flash_attn_2", "flash_attn_4"), dict(softcap=30.0), "flash_attn_2"),
         (("flash_attn_2", "torch", "triton"), {}, "flash_attn_2"),
         (("torch", "triton"), {}, "torch"),
         (("triton",), {}, "triton"),
@@ -331,6 +340,29 @@ def test_auto_takes_the_best_that_can(packages, options, wanted, installed, monk
     assert choose_backend(request(**options)) == wanted
 
 
+@pytest.mark.parametrize(
+    "capability,wanted",
+    [((7, 5), "sdpa"), ((8, 0), "flash_attn_2"), ((8, 9), "flash_attn_2"), ((9, 0), "flash_attn_4"),
+     ((10, 0), "flash_attn_4"), ((12, 0), "flash_attn_2")],
+)  # fmt: skip
+def test_auto_takes_what_serves_the_gpu(capability, wanted, installed, monkeypatch):
+    monkeypatch.setattr(attention_backends, "capability", lambda device: capability)
+    installed("flash_attn_2", "flash_attn_3", "flash_attn_4", "torch", "triton")
+    assert choose_backend(request()) == wanted
+    assert choose_backend(request(has_branches=True)) == ("sdpa" if capability < (8, 0) else "triton")
+
+
+def test_a_package_that_breaks_on_import_is_one_that_is_not_there(monkeypatch):
+    def breaks(name):
+        raise AttributeError("built for another torch")
+
+    monkeypatch.setattr(attention_backends.importlib, "import_module", breaks)
+    attention_backends.import_problem.cache_clear()
+    with pytest.raises(ValueError, match="flash-attn >= 2.7 is needed .AttributeError: built for another torch"):
+        choose_backend(request(), "flash_attn_2")
+    attention_backends.import_problem.cache_clear()
+
+
 def test_auto_says_once_what_it_took(monkeypatch):
     monkeypatch.setattr(sys.modules["trsd_kernels.varlen_attention"], "_SAID", set())
     query, key, value, _ = draw_tensors(row("one branch"))
@@ -351,6 +383,7 @@ def test_auto_says_once_what_it_took(monkeypatch):
         ("flash_attn_2", {}, "flash-attn >= 2.7 is needed"),
         ("flash_attn_4", {}, "flash-attn-4 is needed"),
         ("torch", dict(device=CPU), "needs CUDA tensors, not cpu"),
+        ("flash_attn_3", dict(has_branches=True), "is needed"),
         ("torch", dict(softcap=3.0), "has no softcap"),
         ("torch", dict(dtype=torch.float32), "takes bf16 and fp16, not torch.float32"),
         ("torch", dict(head_dim=260), "head_dim is a multiple of 8"),

@@ -88,6 +88,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: str, trust_remote_co
     model.set_attn_implementation(PACKED_ATTENTION)
     model = model.to(device).eval()
     check_packing(model)
+    check_logits(model)
     return model
 
 
@@ -100,23 +101,53 @@ def load_for_decoding(folder: Path) -> PreTrainedModel:
 @torch.no_grad()
 def check_packing(model: PreTrainedModel) -> None:
     """Raise for a model that lets packed sequences see each other, whatever it calls its attention."""
-    layout = packed_layout([3, 4], [[], [(2, 3)]], device=model.device)
+    layout, backend = _probe(model)
     rows = {
         "as it is": [1, 2, 3, 4, 5, 6, 1, 2, 3, 4],
         "another sequence": [3, 1, 1, 4, 5, 6, 1, 2, 3, 4],
         "the trunk after the cut": [1, 2, 3, 4, 5, 1, 6, 2, 3, 4],
         "the trunk before the cut": [1, 2, 3, 4, 6, 6, 1, 2, 3, 4],
     }
-    backend = packed_attention_backend(model.config, "auto", device=model.device, dtype=model.dtype, branches=True)
-    states = [
-        packed_hidden_states(model, torch.tensor(row, device=model.device), layout, backend=backend)[7:]
-        for row in rows.values()
-    ]
-    same = [torch.equal(state.nan_to_num(), states[0].nan_to_num()) for state in states]
-    if same != [True, True, True, False]:
+    ids = torch.tensor(list(rows.values()), device=model.device)
+    try:
+        states = [packed_hidden_states(model, row, layout, backend=backend)[7:].double() for row in ids]
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        name = type(model).__name__
+        raise InputError(f"{name} cannot run packed rows, choose another architecture: {error}") from error
+    if not all(state.isfinite().all() for state in states):
+        return  # broken weights say nothing about the layers; training stops at its first loss and says so
+    # Experts see batches of other sizes, which rounds otherwise; what leaks moves a state by much more.
+    allowed = 100 * torch.finfo(model.dtype).eps * states[0].norm()
+    moved = [bool((state - states[0]).norm() > allowed) for state in states]
+    if moved != [False, False, False, True]:
         raise InputError(
             f"{type(model).__name__}: its layers do not keep packed sequences apart (no exchangeable attention, or a "
             "recurrent state); choose another architecture"
+        )
+
+
+def _probe(model: PreTrainedModel) -> tuple[PackedLayout, str]:
+    """A small row with a branch, and the back end it can run on."""
+    backend = packed_attention_backend(model.config, "auto", device=model.device, dtype=model.dtype, branches=True)
+    return packed_layout([3, 4], [[], [(2, 3)]], device=model.device), backend
+
+
+@torch.no_grad()
+def check_logits(model: PreTrainedModel) -> None:
+    """Raise for a model whose logits are not what ``logit_options`` makes of its hidden states."""
+    layout, backend = _probe(model)
+    ids = torch.arange(1, layout.num_tokens + 1, device=model.device)
+    row = dict(position_ids=layout.position_ids[None], packed_layout=layout, attention_backend=backend)
+    theirs = model(input_ids=ids[None], use_cache=False, **row).logits[0].double()
+    ours = packed_hidden_states(model, ids, layout, backend=backend) @ model.get_output_embeddings().weight.T
+    options = logit_options(model.config, "model")
+    ours = ours.double() * options.get("model_logit_scale", 1.0)
+    if cap := options.get("model_logit_softcap"):
+        ours = cap * torch.tanh(ours / cap)
+    if theirs.isfinite().all() and not (ours - theirs).norm() <= 1000 * torch.finfo(model.dtype).eps * theirs.norm():
+        raise InputError(
+            f"{type(model).__name__}: its logits are not its hidden states times the lm_head, scaled and capped as its "
+            "config says; the loss would be another model's"
         )
 
 
@@ -159,21 +190,37 @@ def logit_options(config: Any, who: str) -> dict[str, float]:
 
 
 def packed_attention_backend(
-    config: Any, wanted: str, *, device: torch.device | str, dtype: torch.dtype, branches: bool
+    config: Any,
+    wanted: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    branches: bool,
+    max_length: int | None = None,
 ) -> str:
     """The back end of ``trsd_kernels.varlen_attention`` for a model's rows, as ``wanted`` or the best for "auto".
+
+    Args:
+        config: of the model.
+        wanted: a back end's name, or "auto".
+        device, dtype: of the queries.
+        branches: whether rows have any.
+        max_length: tokens of the longest sequence, where known: a sliding window it does not reach is none.
 
     Raises:
         InputError: the back end that is wanted cannot serve the model here, with the reason.
     """
     config = config.get_text_config()
-    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None) or 0
+    kinds = getattr(config, "layer_types", None)
+    if (kinds is not None and "sliding_attention" not in kinds) or (max_length is not None and max_length <= window):
+        window = 0
     request = AttentionRequest(
         device=torch.device(device),
         dtype=dtype,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         has_branches=branches,
-        window=config.sliding_window or 0 if sliding else 0,
+        window=window,
         softcap=getattr(config, "attn_logit_softcapping", None) or 0.0,
     )
     try:
@@ -278,8 +325,10 @@ def _refuse_mixed_rotary_factors(config: Any, layout: PackedLayout) -> None:
     longest, shortest = layout.max_position + 1, int(lengths.min()) if len(lengths) else 0
     for parameters in (found, *(part for part in found.values() if isinstance(part, dict))):  # one for all, or by layer
         kind = parameters.get("rope_type")
+        if kind not in ("longrope", "dynamic"):
+            continue
         limit = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
-        if kind in ("longrope", "dynamic") and longest > limit and (kind == "dynamic" or shortest <= limit):
+        if longest > limit and (kind == "dynamic" or shortest <= limit):
             raise InputError(
                 f"{kind} rotary embeddings change beyond {limit} tokens, and a packed row holds sequences of "
                 f"{shortest} to {longest}: lower max_length to {limit}, so that all are rotated as they are alone"

@@ -133,6 +133,8 @@ class Recipe:
     """Attention of packed rows: auto takes the best that is installed and can; triton is ours, sdpa runs everywhere."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    loss_chunk_bytes: int | None = None
+    """Working memory of the loss; left out, up to 2.5 GiB on a GPU and 64 MiB on a CPU. Less is slower."""
     bf16: bool | None = None
     """Compute in bf16 over fp32 weights; left out: on a GPU yes, on a CPU no."""
     seed: int = 0
@@ -165,6 +167,7 @@ class Recipe:
             "max_steps",
             "max_train_samples",
             "max_eval_samples",
+            "loss_chunk_bytes",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

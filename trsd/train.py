@@ -100,7 +100,12 @@ class Job:
         """The attention back end of the recipe for rows of ``model``."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         return packed_attention_backend(
-            model.config, self.recipe.attn_implementation, device=self.device, dtype=dtype, branches=branches
+            model.config,
+            self.recipe.attn_implementation,
+            device=self.device,
+            dtype=dtype,
+            branches=branches,
+            max_length=self.recipe.max_length,
         )
 
     def online_teacher(self, traces: list[Trace]) -> OnlineTeacher:
@@ -260,10 +265,11 @@ class Loop:
             divergence=recipe.divergence,
             beta=recipe.beta,
             temperature=recipe.temperature,
+            chunk_bytes=recipe.loss_chunk_bytes,
             **student_logits,
             **logit_options(job.teacher_config(), "teacher"),
         )
-        self.keep_thinking = FusedLinearDistillation(alpha=0.0, **student_logits)
+        self.keep_thinking = FusedLinearDistillation(alpha=0.0, chunk_bytes=recipe.loss_chunk_bytes, **student_logits)
         self.backend = job.attention_backend(model, branches=recipe.branches_per_trace > 1)
         print(f"attention: {self.backend}")
 

@@ -5,6 +5,7 @@
 Nothing is imported before it is asked for.
 """
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -21,7 +22,6 @@ from trsd_kernels.merged_attention import Piece, merged_attention
 from trsd_kernels.sdpa_attention import sdpa_attention
 
 HALF = (torch.bfloat16, torch.float16)
-FLASH_HEAD_DIM = 256
 
 
 class AttentionRequest(NamedTuple):
@@ -40,6 +40,22 @@ class AttentionRequest(NamedTuple):
     def kind(self) -> str:
         """For messages."""
         return "rows with branches" if self.has_branches else "plain rows"
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
+
+
+@functools.cache
+def import_problem(module: str) -> str | None:
+    """Why ``module`` cannot be imported, if it cannot; asked once a process."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a package built for another torch fails in many ways
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 class Sdpa:
@@ -69,6 +85,8 @@ class Triton:
             return "triton is not installed"
         if request.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"it needs CUDA tensors, not {request.device.type}"
+        if request.device.type == "cuda" and capability(request.device) < (8, 0):
+            return f"it needs a GPU of compute capability 8.0, not {'.'.join(map(str, capability(request.device)))}"
         if not request.causal:
             return "it is causal only"
         if request.dtype not in DTYPES:
@@ -90,19 +108,22 @@ class Flash:
     module: str
     install: str
     softcaps = True
+    capabilities: tuple[int, ...] = (8, 9, 10, 11, 12)
+    """Major compute capabilities whose forward and backward it has."""
+    max_head_dim = 256
 
     @classmethod
     def refusal(cls, request: AttentionRequest) -> str | None:
         if request.device.type != "cuda":
             return f"it needs CUDA tensors, not {request.device.type}"
-        try:
-            importlib.import_module(cls.module)
-        except ImportError as error:
-            return f"{cls.install} is needed ({error})"
+        if problem := import_problem(cls.module):
+            return f"{cls.install} is needed ({problem})"
+        if (major := capability(request.device)[0]) not in cls.capabilities:
+            return f"it serves GPUs of compute capability {cls.capabilities}.x, not {major}.x"
         if request.dtype not in HALF:
             return f"it takes bf16 and fp16, not {request.dtype}"
-        if request.head_dim > FLASH_HEAD_DIM or request.head_dim % 8:
-            return f"its head_dim is a multiple of 8 up to {FLASH_HEAD_DIM}, not {request.head_dim}"
+        if request.head_dim > cls.max_head_dim or request.head_dim % 8:
+            return f"its head_dim is a multiple of 8 up to {cls.max_head_dim}, not {request.head_dim}"
         if request.softcap and not cls.softcaps:
             return "it has no softcap"
         if request.has_branches and (request.window or not request.causal):
@@ -157,7 +178,7 @@ class Flash:
 class TorchVarlen(Flash):
     """``torch.nn.attention.varlen``: FlashAttention-2 inside, or what torch was told to use."""
 
-    module, install, softcaps = "torch.nn.attention.varlen", "torch >= 2.10", False
+    module, install, softcaps = "torch.nn.attention.varlen", "torch >= 2.11", False
 
     @classmethod
     def plain(cls, query, key, value, cu_seqlens, max_seqlen, *, softmax_scale, causal, window_size, softcap) -> Tensor:
@@ -229,6 +250,7 @@ class FlashAttn3(Flash):
     """FlashAttention-3 (``hopper/`` of its repository), for Hopper GPUs."""
 
     module, install = "flash_attn_interface", "FlashAttention-3 (flash_attn_interface)"
+    capabilities = (9,)
 
     @classmethod
     def forward(cls, query, key, value, piece: Piece, *, softmax_scale: float, softcap: float):
@@ -261,6 +283,15 @@ class FlashAttn4(Flash):
     """flash-attn-4 (CuTe), for Hopper and Blackwell GPUs."""
 
     module, install = "flash_attn.cute.interface", "flash-attn-4"
+    capabilities, max_head_dim = (9, 10), 128
+    softcaps = False  # not in every release's backward
+
+    @classmethod
+    def refusal(cls, request: AttentionRequest) -> str | None:
+        reason = super().refusal(request)
+        if reason is None and "max_seqlen_q" not in inspect.signature(cls.function("_flash_attn_bwd")).parameters:
+            reason = "this release of flash-attn-4 is too old"
+        return reason
 
     @classmethod
     def plain(cls, query, key, value, cu_seqlens, max_seqlen, *, window_size, **options) -> Tensor:
@@ -332,7 +363,8 @@ def choose_backend(request: AttentionRequest, backend: str = "auto") -> str:
     if backend != "auto":
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected auto or one of {', '.join(BACKENDS)}, got {backend!r}")
-        if reason := BACKENDS[backend].refusal(request):
+        # torch.compile need not trace the asking: what cannot run says so when it is run.
+        if not torch.compiler.is_compiling() and (reason := BACKENDS[backend].refusal(request)):
             raise ValueError(f"attention back end {backend} cannot serve {request.kind}: {reason}")
         return backend
     names = list(BACKENDS)

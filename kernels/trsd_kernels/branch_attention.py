@@ -26,8 +26,9 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-# (forward, query gradient, key gradient) by generation of the GPU and padded head_dim. Each was compiled ahead of time
-# with and without soft cap and window: none spills, which is what keeps the key gradient's tiles small.
+# (forward, query gradient, key gradient) by kind of GPU and padded head_dim. Each was compiled ahead of time with and
+# without soft cap and window: none spills, which is what keeps the key gradient's tiles small, and those of kind 8 fit
+# the 99 KiB of shared memory that all but data center GPUs have.
 _HALF_TILINGS = {
     (8, 64): (Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 2), Tiling(32, 64, 4, 1)),
     (8, 128): (Tiling(128, 64, 8, 2), Tiling(128, 32, 8, 2), Tiling(32, 64, 8, 2)),
@@ -50,16 +51,16 @@ def max_head_dim(dtype: torch.dtype) -> int:
     return 128 if dtype == torch.float32 else 256
 
 
-def tilings(head_dim: int, dtype: torch.dtype, generation: int = 9) -> tuple[Tiling, Tiling, Tiling]:
-    """Of the forward, the query gradient and the key gradient, on a GPU of compute capability ``generation``.x."""
+def tilings(head_dim: int, dtype: torch.dtype, capability: int = 9) -> tuple[Tiling, Tiling, Tiling]:
+    """Of the forward, the query gradient and the key gradient, on a GPU of compute capability ``capability``.x."""
     wide = max(64, padded_head_dim(head_dim))
     if dtype == torch.float32:
         return _FP32_TILINGS[wide]
-    return _HALF_TILINGS[min(max(generation, 8), 10), wide]
+    return _HALF_TILINGS[{9: 9, 10: 10, 11: 10}.get(capability, 8), wide]
 
 
-def _generation(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).major if device.type == "cuda" else 9
 
 
 def triton_attention(
@@ -83,7 +84,7 @@ def triton_attention(
         softcap: scores are capped to ``softcap * tanh(score / softcap)``; 0: they are not.
         blocks: tilings other than those of ``tilings``.
     """
-    forward, query_gradient, key_gradient = blocks or tilings(query.shape[2], query.dtype, _generation(query.device))
+    forward, query_gradient, key_gradient = blocks or tilings(query.shape[2], query.dtype, _capability(query.device))
     query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
     return branch_attention_op(
         query,

@@ -1,5 +1,6 @@
 """Shape, dtype, device and range checks shared by every op: a ValueError that says what to do, before any work."""
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -132,6 +133,11 @@ def check_cu_seqlens(cu_seqlens: Tensor, *, total_tokens: int | None = None) -> 
 def check_cuts(lengths: Sequence[int], branches: Sequence[Sequence[tuple[int, int]]]) -> None:
     """Trunks of ``lengths`` and their branches (cut, length): no length negative, every cut inside its trunk."""
     for trunk, (length, parts) in enumerate(zip(lengths, branches, strict=True)):
+        for number in (length, *(number for part in parts for number in part)):
+            try:
+                operator.index(number)
+            except TypeError:
+                raise TypeError(f"trunk {trunk}: expected whole numbers of tokens, got {number!r} (int() it)") from None
         if length < 0:
             raise ValueError(f"trunk {trunk}: expected a length of 0 or more, got {length}")
         for number, (cut, size) in enumerate(parts):

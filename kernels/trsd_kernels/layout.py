@@ -98,6 +98,8 @@ class PackedLayout:
     """int64 [num_tokens]: a branch goes on counting from its cut. Pass it to the model explicitly."""
     predictors: Tensor
     """int64 [num_tokens]: the token whose hidden state predicts this one; -1 for the first token of a sequence."""
+    num_trunks: int
+    """Segments that continue nothing."""
     branch_order: tuple[tuple[int, ...], ...]
     """For each trunk, which of the branches it was given with lies first, second, ... (they are sorted by cut)."""
     _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False)
@@ -120,7 +122,7 @@ class PackedLayout:
     @property
     def has_branches(self) -> bool:
         """Whether any segment continues another; without, this is plain varlen packing."""
-        return any(self.branch_order)
+        return self.num_segments > self.num_trunks
 
     @property
     def max_seqlen(self) -> int:
@@ -135,7 +137,8 @@ class PackedLayout:
     def derived(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """``make()``, once per ``key`` and layout."""
         if key not in self._derived:
-            self._derived[key] = make()
+            with torch.inference_mode(False):  # what evaluation makes, training may save for its backward
+                self._derived[key] = make()
         return self._derived[key]
 
     def segments(self) -> list[tuple[int, int, int, int]]:
@@ -167,11 +170,12 @@ class PackedLayout:
 
     def to(self, device: torch.device | str) -> "PackedLayout":
         """This layout for another device."""
-        if torch.device(device) == self.device:
+        moved = [tensor.to(device) for tensor in (self.cu_seqlens, self.position_ids, self.predictors)]
+        if moved[0].device == self.device:
             return self
-        tensors = (self.cu_seqlens, self.position_ids, self.predictors)
-        moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return PackedLayout(self.starts, self.lengths, self.trunks, self.cuts, *moved, self.branch_order)
+        return PackedLayout(
+            *(self.starts, self.lengths, self.trunks, self.cuts, *moved, self.num_trunks, self.branch_order)
+        )
 
 
 def packed_layout(
@@ -193,12 +197,13 @@ def packed_layout(
 
     Raises:
         ValueError: a negative length, a cut outside its trunk, or more tokens than int32 can count.
+        TypeError: a length or cut that is no integer.
     """
+    if len(lengths) == 0:
+        raise ValueError("lengths: expected at least one trunk, got none")
     given = [list(parts) for parts in branches] if branches is not None else [[] for _ in lengths]
     if len(given) != len(lengths):
         raise ValueError(f"branches: expected one list per trunk, got {len(given)} for {len(lengths)} trunks")
-    if not lengths:
-        raise ValueError("lengths: expected at least one trunk, got none")
     check_cuts(lengths, given)
     order = tuple(tuple(sorted(range(len(parts)), key=lambda i, p=parts: p[i][0])) for parts in given)
     counts = torch.tensor([1 + len(parts) for parts in given])
@@ -246,6 +251,7 @@ def _build(sizes: Tensor, trunks: Tensor, cuts: Tensor, order: tuple[tuple[int, 
         cu_seqlens=torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
         position_ids=tokens + torch.repeat_interleave(cuts - starts, sizes),
         predictors=predictors,
+        num_trunks=len(order),
         branch_order=order,
     )
 

@@ -1,7 +1,8 @@
 """Packed attention by torch's scaled-dot-product attention, one call a segment: every device, dtype and layout.
 
-A branch's call takes the keys of its trunk's first ``cut`` tokens and its own. Memory beside the output is O(tokens *
-heads) without branches, and one copy of each branch's keys with them; never tokens^2 of the row.
+A branch's call takes the keys of its trunk's first ``cut`` tokens and its own. Plain rows need O(tokens * heads) of
+memory beside the output. A branch needs a copy of the keys it sees and a mask of its queries by its keys, a window such
+a mask, a soft cap the scores of every head: of one segment at a time in the forward, never tokens^2 of the row.
 """
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from trsd_kernels.layout import PackedLayout
 
 
+@torch.compiler.disable  # a call a segment: a graph would hold for one layout
 def sdpa_attention(
     query: Tensor,  # [num_tokens, num_heads, head_dim]
     key: Tensor,  # [num_tokens, num_kv_heads, head_dim]

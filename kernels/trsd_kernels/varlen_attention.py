@@ -4,7 +4,7 @@
 
 A token sees the sequence it stands in, up to itself if causal. A row may hold branches that continue a trunk
 (``packed_layout``); then a branch sees the first ``cut`` tokens of its trunk and its own tokens. Memory beside the
-output is O(tokens * heads), never tokens^2 of the packed row.
+output is O(tokens * heads) but for what ``sdpa_attention`` says of itself; never tokens^2 of the packed row.
 """
 
 import warnings
@@ -46,11 +46,13 @@ def varlen_attention(
         window_size: (left, 0 or -1): with left >= 0 a token sees itself and ``left`` tokens before it; causal only.
         softcap: scores are capped to softcap * tanh(score / softcap); 0: they are not.
         backend: "flash_attn_4", "flash_attn_3", "flash_attn_2", "torch" (``torch.nn.attention.varlen``), "triton"
-            (ours), "sdpa" (any device), or "auto", which takes the best that can and says once which.
+            (ours), "sdpa" (any device), or "auto", which takes the best that can and says once which. Name one under
+            torch.compile; "triton" is one op there, whatever the layout.
 
     Returns:
-        [total_tokens, num_heads, head_dim] in the inputs' dtype, or autocast's where that is on. With "triton" and
-        "sdpa" the same inputs always give the same bits, forward and backward.
+        [total_tokens, num_heads, head_dim] in the inputs' dtype, or autocast's where that is on. With "triton", and
+        with "sdpa" on a CPU, the same inputs always give the same bits, forward and backward; the others follow
+        ``torch.use_deterministic_algorithms``.
 
     Raises:
         ValueError: shapes, heads, devices, ``cu_seqlens_q`` or ``layout`` that do not fit, or a named back end that
@@ -77,7 +79,9 @@ def varlen_attention(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast all in its dtype, as torch's own attention takes them; fp64 never."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or any(x.dtype == torch.float64 for x in tensors):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    if any(x.dtype == torch.float64 for x in tensors):
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
