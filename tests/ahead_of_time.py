@@ -12,6 +12,7 @@ from triton.compiler import ASTSource, compile
 
 # Shared memory one program may take, bytes: the opt-in maximum of the CUDA C++ Programming Guide.
 SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+SMALL_SHARED_MEMORY_LIMIT = {86: 101_376, 120: 101_376}  # workstations and desktops
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
 
 

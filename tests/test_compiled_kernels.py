@@ -5,7 +5,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from ahead_of_time import SHARED_MEMORY_LIMIT, compile_for  # noqa: E402
+from ahead_of_time import SHARED_MEMORY_LIMIT, SMALL_SHARED_MEMORY_LIMIT, compile_for  # noqa: E402
 
 from trsd_kernels import DistillOptions, attention_kernels, distill_rows, triton_rows  # noqa: E402
 from trsd_kernels.branch_attention import padded_head_dim, tilings  # noqa: E402
@@ -111,7 +111,12 @@ HEAD_DIMS = {
 }
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY_LIMIT)
+ALL_LIMITS = SHARED_MEMORY_LIMIT | SMALL_SHARED_MEMORY_LIMIT
+
+
+@pytest.mark.parametrize(
+    "capability", [*SHARED_MEMORY_LIMIT, *(pytest.param(each, marks=SLOW) for each in SMALL_SHARED_MEMORY_LIMIT)]
+)
 @pytest.mark.parametrize("extras", [(), pytest.param(("HAS_SOFTCAP", "HAS_WINDOW"), marks=SLOW)])
 @pytest.mark.parametrize(
     "dtype,head_dim",
@@ -142,4 +147,4 @@ def test_attention_kernels_compile_without_spills(dtype, head_dim, extras, capab
         )
         print(f"sm_{capability} {kernel.fn.__name__} {dtype} {head_dim} {tuple(tiling)}: {compiled}")
         assert compiled.stack_bytes == compiled.spill_bytes == 0
-        assert compiled.shared_bytes <= SHARED_MEMORY_LIMIT[capability]
+        assert compiled.shared_bytes <= ALL_LIMITS[capability]

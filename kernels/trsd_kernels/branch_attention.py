@@ -32,7 +32,7 @@ def padded_head_dim(head_dim: int) -> int:
 _HALF_TILINGS = {
     (8, 64): (Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 2), Tiling(32, 64, 4, 1)),
     (8, 128): (Tiling(128, 64, 8, 2), Tiling(128, 32, 8, 2), Tiling(32, 64, 8, 2)),
-    (8, 256): (Tiling(64, 64, 8, 1), Tiling(64, 64, 8, 2), Tiling(32, 32, 8, 2)),
+    (8, 256): (Tiling(64, 64, 8, 1), Tiling(64, 32, 8, 1), Tiling(32, 32, 8, 2)),
     (9, 64): (Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 2), Tiling(32, 128, 8, 2)),
     (9, 128): (Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(32, 128, 8, 2)),
     (9, 256): (Tiling(128, 64, 8, 2), Tiling(64, 64, 8, 2), Tiling(64, 32, 8, 1)),
