@@ -273,18 +273,20 @@ def test_loaded_model_is_the_saved_one(tokenizer, tiny_folder):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "granite", "gemma2"])
-def test_other_kinds_pass_what_loading_checks(kind, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "granite", "gemma2"])
+def test_kinds_that_can_pass_what_loading_checks(kind, dtype, tmp_path):
     """Experts without a capacity, logits scaled and capped."""
     extra = dict(
         qwen3_moe=dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
         granite=dict(logits_scaling=8.0),
         gemma2=dict(final_logit_softcapping=1.0),
     )
-    small_model(kind, **extra[kind]).float().save_pretrained(tmp_path)
-    load_model(tmp_path, dtype=torch.float32, device="cpu")
+    small_model(kind, **extra.get(kind, {})).float().save_pretrained(tmp_path)
+    load_model(tmp_path, dtype=dtype, device="cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "kind,extra,message",
     [
@@ -305,14 +307,15 @@ def test_other_kinds_pass_what_loading_checks(kind, tmp_path):
         ),
     ],
 )
-def test_kinds_that_fail_what_loading_checks_are_refused_by_name(kind, extra, message, tmp_path):
+def test_kinds_that_fail_what_loading_checks_are_refused_by_name(kind, extra, message, dtype, tmp_path):
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **extra)).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=message):
-        load_model(tmp_path, dtype=torch.float32, device="cpu")
+        load_model(tmp_path, dtype=dtype, device="cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seen", ["the whole trunk", "nothing of the trunk"])
-def test_branches_that_see_too_much_or_too_little_are_found_when_loading(seen, tiny_folder, monkeypatch):
+def test_branches_that_see_too_much_or_too_little_are_found_when_loading(seen, dtype, tiny_folder, monkeypatch):
     true = models.varlen_attention
 
     def wrong(*tensors, layout, **options):
@@ -323,7 +326,7 @@ def test_branches_that_see_too_much_or_too_little_are_found_when_loading(seen, t
 
     monkeypatch.setattr(models, "varlen_attention", wrong)
     with pytest.raises(InputError, match="do not keep packed sequences apart"):
-        load_model(tiny_folder, dtype=torch.float32, device="cpu")
+        load_model(tiny_folder, dtype=dtype, device="cpu")
 
 
 def test_models_that_mix_packed_sequences_are_refused_by_name(tmp_path, tokenizer):
