@@ -4,6 +4,8 @@
     prompt + reasoning + answer     a trace as text (question or problem serve as prompt)
     question + answer               a question with its reference answer; the teacher writes the trace
                                     (problem or prompt serve as question)
+    conversations; input + output; prompt + llm_response
+                                    rows of published corpora (``corpora.py``)
     prompt_ids, reasoning_ids, ...  a stored trace file
 
 A row that cannot be used is dropped by a named reason and counted; a row that is malformed raises with its number.
@@ -16,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from trsd.corpora import as_conversation, with_think_tags
 from trsd.errors import InputError
 from trsd.grading import extract_answer, grade
 from trsd.models import tokenizer_fingerprint
@@ -111,6 +114,8 @@ class RowReader:
             return trace_from_row(row, where=where, tokenizer_fingerprint=self.fingerprint)
         if "messages" in row:
             return self._messages(row, where=where)
+        if (messages := as_conversation(row, where=where)) is not None:
+            return self._messages({"messages": messages}, where=where)
         name = next((name for name in ("question", "problem", "prompt") if name in row), None)
         if name is not None:
             messages = [{"role": "user", "content": _text(row, name, where)}]
@@ -121,7 +126,7 @@ class RowReader:
             return self._trace(messages, _text(row, "reasoning", where), answer or "", gold=gold)
         raise InputError(
             f"{where}: columns {sorted(row)} fit no known form; expected messages, or prompt + reasoning + answer, or "
-            "question + answer"
+            "question + answer, or conversations, or input + output"
         )
 
     def _messages(self, row: dict[str, Any], *, where: str) -> Question | Trace | str:
@@ -137,7 +142,8 @@ class RowReader:
         before, last = messages[:-1], messages[-1]
         if isinstance(last.get("reasoning_content"), str):
             return self._trace(before, last["reasoning_content"], last["content"], gold=gold)
-        text = last["content"].strip().removeprefix(self.think.open_tag)
+        tags = {"open_tag": self.think.open_tag, "close_tag": self.think.close_tag}
+        text = with_think_tags(last["content"], **tags).strip().removeprefix(self.think.open_tag)
         reasoning, tag, answer = text.partition(self.think.close_tag)
         return self._trace(before, reasoning, answer, gold=gold) if tag else NO_CLOSE
 
