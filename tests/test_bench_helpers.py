@@ -288,3 +288,32 @@ def test_real_lengths_are_sampled_alike_and_missing_data_is_named(monkeypatch, t
     monkeypatch.setenv("TRSD_BENCH_DATA", str(tmp_path))
     with pytest.raises(NotMeasured, match="tokenizer.json"):
         token_lengths()
+
+
+def test_tuning_measures_every_candidate_and_names_what_cannot_run(monkeypatch, capsys):
+    from bench import tune_attention
+    from bench.attention import Heads, Setting
+    from trsd_kernels.attention_tiles import Tiling
+
+    def attention(query, key, value, layout, *, softmax_scale, blocks):
+        if Tiling(64, 64, 8, 1) in blocks:
+            raise RuntimeError("out of shared memory")
+        return query * key.repeat_interleave(2, 1).sum() * value.sum()
+
+    monkeypatch.setattr(tune_attention, "triton_attention", attention)
+    setting = Setting(Heads(2, 1, 64), (32,), (8, 16), 4)
+    found = tune_attention.tune([setting], device="cpu", dtype=torch.float32)
+    count = sum(
+        len(set(tune_attention.candidates(kernel, found_tiling(found, kernel)))) for kernel in tune_attention.KERNELS
+    )
+    assert len(found) == count and {each.kernel for each in found} == set(tune_attention.KERNELS)
+    failed = {each.tiling for each in found if each.milliseconds is None}
+    assert failed == {(64, 64, 8, 1)}
+    assert "out of shared memory" in capsys.readouterr().out
+
+
+def found_tiling(found, kernel):
+    """The shipped tiling, which is measured first."""
+    from trsd_kernels.attention_tiles import Tiling
+
+    return Tiling(*next(each.tiling for each in found if each.kernel == kernel))
