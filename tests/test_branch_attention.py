@@ -65,8 +65,9 @@ def test_sliding_windows_and_soft_caps(window, softcap, device):
     check(layout, draw_tensors(layout, dtype=torch.float32), 1e-5, softmax_scale=0.7, softcap=softcap)
 
 
-@pytest.mark.parametrize("head_dim", [8, 24, 64, 96, 128])
-@pytest.mark.parametrize("num_heads,num_kv_heads", [(1, 1), (6, 2)])
+@pytest.mark.parametrize(
+    "head_dim,num_heads,num_kv_heads", [(8, 6, 2), (24, 1, 1), (24, 6, 2), (64, 6, 2), (96, 2, 1), (128, 6, 2)]
+)
 def test_head_dims_and_groups(head_dim, num_heads, num_kv_heads, device):
     layout = row("cuts at both ends", device)
     sizes = dict(head_dim=head_dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
