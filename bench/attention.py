@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.measure import NotMeasured, Rounds, take_turns
 from trsd_kernels import AttentionRequest, PackedLayout, packed_layout, varlen_attention
-from trsd_kernels.attention_backends import BACKENDS
+from trsd_kernels.attention_backends import refusal
 
 BACKWARD_PER_FORWARD = 2.5  # five products where the forward has two
 LARGEST_DIFFERENCE = 2e-2  # of outputs, relative; bf16's rounding is 4e-3
@@ -99,7 +99,7 @@ class Contender(NamedTuple):
         """
         layout = setting.layout(separate=self.separate, device=device)
         request = AttentionRequest(torch.device(device), dtype, setting.heads.head_dim, layout.has_branches)
-        if reason := BACKENDS[self.backend].refusal(request):
+        if reason := refusal(self.backend, request):
             raise NotMeasured(reason)
         query, key, value, grad_out = draw(layout, setting.heads, dtype=dtype)
 

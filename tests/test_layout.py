@@ -5,12 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trsd_kernels import (
-    cu_seqlens_of,
     fill_rate,
     layout_of,
     pack_sequences,
     packed_layout,
-    position_ids_of,
     predicting_rows,
     shift_labels,
 )
@@ -46,14 +44,12 @@ def test_pack_sequences_refuses_what_cannot_fit_by_index(lengths):
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=20))
 def test_offsets_and_positions_restart_with_every_sequence(lengths):
-    cu_seqlens = cu_seqlens_of(lengths)
-    assert cu_seqlens.dtype == torch.int32
-    assert cu_seqlens.diff().tolist() == lengths and cu_seqlens[0] == 0
-    assert position_ids_of(lengths).tolist() == [i for length in lengths for i in range(length)]
-    layout = layout_of(cu_seqlens)
-    assert torch.equal(layout.position_ids, position_ids_of(lengths))
-    assert torch.equal(layout.cu_seqlens, cu_seqlens) and not layout.has_branches
-    assert layout.num_tokens == sum(lengths) and layout.max_seqlen == max(lengths)
+    given = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    for layout in (packed_layout(lengths), layout_of(given)):
+        assert layout.cu_seqlens.dtype == torch.int32 and torch.equal(layout.cu_seqlens, given)
+        assert layout.position_ids.tolist() == [i for length in lengths for i in range(length)]
+        assert not layout.has_branches and layout.segments() == packed_layout(lengths).segments()
+        assert layout.num_tokens == sum(lengths) and layout.max_seqlen == max(lengths)
 
 
 def laid_out(lengths, branches):

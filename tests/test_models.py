@@ -77,10 +77,8 @@ def alone(model, sequence, monkeypatch):
         return model.model(sequence[None], use_cache=False).last_hidden_state[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_packed_rows_equal_each_sequence_alone(kind, monkeypatch):
-    model = small_model(kind)
-    layout = packed_layout([9, 1, 14], [[(4, 5), (9, 3), (0, 2)], [], [(13, 6)]])
+def check_each_sequence_alone(model, layout, monkeypatch):
+    """Packed, every sequence has the hidden states it has by itself; returns the packed ones."""
     ids = torch.randint(640, (layout.num_tokens,))
     places = [layout.sequence(segment) for segment in range(layout.num_segments)]
     separate = [alone(model, ids[place], monkeypatch) for place in places]
@@ -88,6 +86,14 @@ def test_packed_rows_equal_each_sequence_alone(kind, monkeypatch):
     packed = packed_hidden_states(model, ids, layout)
     for place, hidden in zip(places, separate, strict=True):
         torch.testing.assert_close(packed[place], hidden, rtol=1e-5, atol=1e-5)
+    return packed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_rows_equal_each_sequence_alone(kind, monkeypatch):
+    model = small_model(kind)
+    layout = packed_layout([9, 1, 14], [[(4, 5), (9, 3), (0, 2)], [], [(13, 6)]])
+    packed = check_each_sequence_alone(model, layout, monkeypatch)
     torch.testing.assert_close(packed @ model.get_output_embeddings().weight.T, model.lm_head(packed))
 
 
@@ -154,15 +160,7 @@ def test_rotary_factors_that_change_with_the_length_are_not_mixed(kind, longest)
 
 @pytest.mark.parametrize("lengths,branches", [([7], None), ([5], [[(4, 3)]]), ([3, 6], None)])
 def test_windows_begin_to_matter_one_token_after_their_length(lengths, branches, monkeypatch):
-    model = small_model("mistral")  # a window of 6
-    layout = packed_layout(lengths, branches)
-    ids = torch.randint(640, (layout.num_tokens,))
-    places = [layout.sequence(segment) for segment in range(layout.num_segments)]
-    separate = [alone(model, ids[place], monkeypatch) for place in places]
-    model.set_attn_implementation("trsd_varlen")
-    packed = packed_hidden_states(model, ids, layout)
-    for place, hidden in zip(places, separate, strict=True):
-        torch.testing.assert_close(packed[place], hidden, rtol=1e-5, atol=1e-5)
+    check_each_sequence_alone(small_model("mistral"), packed_layout(lengths, branches), monkeypatch)  # a window of 6
 
 
 def test_a_layer_that_is_not_causal_is_refused():

@@ -9,7 +9,7 @@ import torch
 from attention_cases import ROWS, PlainKernels, draw_tensors, errors, expected, row, rows, with_gradients
 from hypothesis import given
 
-from trsd_kernels import attention_backends, choose_backend, cu_seqlens_of, packed_layout, varlen_attention
+from trsd_kernels import attention_backends, choose_backend, packed_layout, varlen_attention
 from trsd_kernels.attention_backends import BACKENDS, AttentionRequest
 from trsd_kernels.merged_attention import Piece, merged_attention, pieces
 from trsd_kernels.reference import visible_keys
@@ -53,7 +53,7 @@ def test_not_causal(name):
 
 def test_cu_seqlens_and_layout_are_the_same_and_the_scale_has_its_default():
     query, key, value, _ = draw_tensors(row("sequences"))
-    by_offsets = varlen_attention(query, key, value, cu_seqlens_of([3, 0, 40, 1, 17]))
+    by_offsets = varlen_attention(query, key, value, packed_layout([3, 0, 40, 1, 17]).cu_seqlens)
     assert torch.equal(by_offsets, varlen_attention(query, key, value, layout=row("sequences")))
     assert torch.equal(by_offsets, varlen_attention(query, key, value, layout=row("sequences"), softmax_scale=0.25))
 
@@ -380,6 +380,22 @@ def test_auto_says_once_what_it_took(monkeypatch):
 @pytest.mark.parametrize(
     "backend,options,reason",
     [
+        ("torch", dict(softcap=3.0), "has no softcap"),
+        ("flash_attn_2", dict(has_branches=True, window=5), "no sliding window"),
+        ("triton", dict(causal=False), "causal only"),
+        ("sdpa", dict(has_branches=True, causal=False), "neither branches nor windows"),
+    ],
+)
+def test_what_would_come_out_wrong_is_refused_under_torch_compile_too(backend, options, reason, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(ValueError, match=reason):
+        choose_backend(request(**options), backend)
+    assert choose_backend(request(), backend) == backend
+
+
+@pytest.mark.parametrize(
+    "backend,options,reason",
+    [
         ("flash_attn_2", {}, "flash-attn >= 2.7 is needed"),
         ("flash_attn_4", {}, "flash-attn-4 is needed"),
         ("torch", dict(device=CPU), "needs CUDA tensors, not cpu"),
@@ -426,7 +442,7 @@ def test_wrong_cu_seqlens_raise(cu_seqlens, message):
         (dict(value=torch.randn(26, 2, 8, device="meta")), "on one device"),
         (dict(layout=row("one branch", "meta")), "layout on cpu with the queries, got meta"),
         (dict(layout=None), "one of them"),
-        (dict(cu_seqlens_q=cu_seqlens_of([26])), "one of them"),
+        (dict(cu_seqlens_q=packed_layout([26]).cu_seqlens), "one of them"),
         (dict(window_size=(3, 2)), "window_size: expected"),
         (dict(window_size=(-1, 2)), "window_size: expected"),
         (dict(window_size=(3, 0), causal=False), "causal=True"),
@@ -451,7 +467,9 @@ def test_back_ends_on_a_gpu_against_float64(backend, name, dtype):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     layout = row(name, "cuda")
-    if reason := BACKENDS[backend].refusal(request(dtype=dtype, head_dim=64, has_branches=layout.has_branches)):
+    if reason := attention_backends.refusal(
+        backend, request(dtype=dtype, head_dim=64, has_branches=layout.has_branches)
+    ):
         pytest.skip(reason)
     tensors = draw_tensors(layout, head_dim=64, dtype=dtype)
     got = with_gradients(by(backend, layout), *tensors)

@@ -3,12 +3,10 @@
 from trsd_kernels.attention_backends import AttentionRequest, choose_backend
 from trsd_kernels.layout import (
     PackedLayout,
-    cu_seqlens_of,
     fill_rate,
     layout_of,
     pack_sequences,
     packed_layout,
-    position_ids_of,
     predicting_rows,
     shift_labels,
 )
@@ -37,7 +35,6 @@ __all__ = [
     "TokenTerms",
     "TopKTargets",
     "choose_backend",
-    "cu_seqlens_of",
     "distill_from_top_k",
     "distill_from_vectors",
     "fill_rate",
@@ -46,7 +43,6 @@ __all__ = [
     "layout_of",
     "pack_sequences",
     "packed_layout",
-    "position_ids_of",
     "predicting_rows",
     "shift_labels",
     "teacher_vectors",

@@ -9,7 +9,6 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -62,8 +61,13 @@ class Sdpa:
     """torch's scaled-dot-product attention, a call per segment."""
 
     @staticmethod
-    def refusal(request: AttentionRequest) -> str | None:
-        """Why this back end cannot serve ``request``; None when it can."""
+    def absence(request: AttentionRequest) -> str | None:
+        """Why this back end is not to be had here; None when it is."""
+        return None
+
+    @staticmethod
+    def limit(request: AttentionRequest) -> str | None:
+        """What of ``request`` this back end could only get wrong, wherever it runs; None when nothing."""
         if not request.causal and (request.has_branches or request.window):
             return "without causal=True there are neither branches nor windows"
         return None
@@ -78,15 +82,19 @@ class Triton:
     """Our kernels."""
 
     @staticmethod
-    def refusal(request: AttentionRequest) -> str | None:
-        from trsd_kernels.branch_attention import DTYPES, max_head_dim
-
+    def absence(request: AttentionRequest) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
         if request.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"it needs CUDA tensors, not {request.device.type}"
         if request.device.type == "cuda" and capability(request.device) < (8, 0):
             return f"it needs a GPU of compute capability 8.0, not {'.'.join(map(str, capability(request.device)))}"
+        return None
+
+    @staticmethod
+    def limit(request: AttentionRequest) -> str | None:
+        from trsd_kernels.branch_attention import DTYPES, max_head_dim
+
         if not request.causal:
             return "it is causal only"
         if request.dtype not in DTYPES:
@@ -113,13 +121,17 @@ class Flash:
     max_head_dim = 256
 
     @classmethod
-    def refusal(cls, request: AttentionRequest) -> str | None:
+    def absence(cls, request: AttentionRequest) -> str | None:
         if request.device.type != "cuda":
             return f"it needs CUDA tensors, not {request.device.type}"
         if problem := import_problem(cls.module):
             return f"{cls.install} is needed ({problem})"
         if (major := capability(request.device)[0]) not in cls.capabilities:
             return f"it serves GPUs of compute capability {cls.capabilities}.x, not {major}.x"
+        return None
+
+    @classmethod
+    def limit(cls, request: AttentionRequest) -> str | None:
         if request.dtype not in HALF:
             return f"it takes bf16 and fp16, not {request.dtype}"
         if request.head_dim > cls.max_head_dim or request.head_dim % 8:
@@ -256,10 +268,7 @@ class FlashAttn3(Flash):
     def forward(cls, query, key, value, piece: Piece, *, softmax_scale: float, softcap: float):
         out, lse, *_ = cls.function("_flash_attn_forward")(
             *(query, key, value),
-            cu_seqlens_q=piece.cu_seqlens_q,
-            cu_seqlens_k=piece.cu_seqlens_k,
-            max_seqlen_q=piece.max_seqlen_q,
-            max_seqlen_k=piece.max_seqlen_k,
+            **_lengths(piece),
             softmax_scale=softmax_scale,
             causal=piece.causal,
             softcap=softcap,
@@ -287,8 +296,8 @@ class FlashAttn4(Flash):
     softcaps = False  # not in every release's backward
 
     @classmethod
-    def refusal(cls, request: AttentionRequest) -> str | None:
-        reason = super().refusal(request)
+    def absence(cls, request: AttentionRequest) -> str | None:
+        reason = super().absence(request)
         if reason is None and "max_seqlen_q" not in inspect.signature(cls.function("_flash_attn_bwd")).parameters:
             reason = "this release of flash-attn-4 is too old"
         return reason
@@ -302,10 +311,7 @@ class FlashAttn4(Flash):
     def forward(cls, query, key, value, piece: Piece, *, softmax_scale: float, softcap: float):
         out, lse, *_ = cls.function("_flash_attn_fwd")(
             *(query, key, value),
-            cu_seqlens_q=piece.cu_seqlens_q,
-            cu_seqlens_k=piece.cu_seqlens_k,
-            max_seqlen_q=piece.max_seqlen_q,
-            max_seqlen_k=piece.max_seqlen_k,
+            **_lengths(piece),
             softmax_scale=softmax_scale,
             causal=piece.causal,
             softcap=softcap,
@@ -320,12 +326,19 @@ class FlashAttn4(Flash):
             softmax_scale=softmax_scale,
             causal=piece.causal,
             softcap=softcap,
-            cu_seqlens_q=piece.cu_seqlens_q,
-            cu_seqlens_k=piece.cu_seqlens_k,
-            max_seqlen_q=piece.max_seqlen_q,
-            max_seqlen_k=piece.max_seqlen_k,
+            **_lengths(piece),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )[:3]
+
+
+def _lengths(piece: Piece) -> dict[str, Any]:
+    """flash-attn's names for what a piece's sequences are."""
+    return dict(
+        cu_seqlens_q=piece.cu_seqlens_q,
+        cu_seqlens_k=piece.cu_seqlens_k,
+        max_seqlen_q=piece.max_seqlen_q,
+        max_seqlen_k=piece.max_seqlen_k,
+    )
 
 
 def _window(piece: Piece) -> list[int]:
@@ -351,6 +364,14 @@ BACKENDS: dict[str, Any] = {
 }
 
 
+def refusal(name: str, request: AttentionRequest) -> str | None:
+    """Why the back end ``name`` cannot serve ``request`` here; None when it can."""
+    backend = BACKENDS[name]
+    # torch.compile need not trace imports: what is absent says so when it runs. What would come out wrong does not.
+    absent = None if torch.compiler.is_compiling() else backend.absence(request)
+    return absent or backend.limit(request)
+
+
 def choose_backend(request: AttentionRequest, backend: str = "auto") -> str:
     """The back end for ``request``: the named one if it can, or the best that can.
 
@@ -363,8 +384,7 @@ def choose_backend(request: AttentionRequest, backend: str = "auto") -> str:
     if backend != "auto":
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected auto or one of {', '.join(BACKENDS)}, got {backend!r}")
-        # torch.compile need not trace the asking: what cannot run says so when it is run.
-        if not torch.compiler.is_compiling() and (reason := BACKENDS[backend].refusal(request)):
+        if reason := refusal(backend, request):
             raise ValueError(f"attention back end {backend} cannot serve {request.kind}: {reason}")
         return backend
     names = list(BACKENDS)
@@ -373,11 +393,6 @@ def choose_backend(request: AttentionRequest, backend: str = "auto") -> str:
     elif request.has_branches:
         names.sort(key=lambda name: name != "triton")
     for name in names:
-        if BACKENDS[name].refusal(request) is None:
+        if refusal(name, request) is None:
             return name
-    raise ValueError(f"no attention back end serves {request.kind}: {BACKENDS['sdpa'].refusal(request)}")
-
-
-def default_scale(head_dim: int) -> float:
-    """The usual scale of the scores."""
-    return 1.0 / math.sqrt(head_dim)
+    raise ValueError(f"no attention back end serves {request.kind}: {refusal('sdpa', request)}")

@@ -62,20 +62,6 @@ def fill_rate(lengths: Sequence[int], num_rows: int, max_tokens: int) -> float:
     return sum(lengths) / (num_rows * max_tokens) if num_rows else 1.0
 
 
-def cu_seqlens_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Offsets of sequences laid end to end: int32 [num_seqs + 1], from 0 to the sum of ``lengths``."""
-    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
-    torch.cumsum(torch.tensor(lengths, dtype=torch.int64), 0, out=offsets[1:])
-    return offsets.to(device=device, dtype=torch.int32)
-
-
-def position_ids_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Positions that start again at 0 with each sequence: int64 [sum of ``lengths``]."""
-    counts = torch.tensor(lengths, dtype=torch.int64)
-    starts = torch.cumsum(counts, 0) - counts
-    return (torch.arange(int(counts.sum())) - torch.repeat_interleave(starts, counts)).to(device)
-
-
 @dataclass(frozen=True, eq=False)
 class PackedLayout:
     """One packed row of tokens: where each segment lies and what it continues. Made by ``packed_layout``.

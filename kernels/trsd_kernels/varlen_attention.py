@@ -12,7 +12,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from trsd_kernels.attention_backends import BACKENDS, AttentionRequest, choose_backend, default_scale
+from trsd_kernels.attention_backends import BACKENDS, AttentionRequest, choose_backend
 from trsd_kernels.checks import check_attention
 from trsd_kernels.layout import PackedLayout, layout_of
 
@@ -70,7 +70,7 @@ def varlen_attention(
     name = choose_backend(request, backend)
     if backend == "auto":
         _say_once(request, name)
-    scale = default_scale(query.shape[2]) if softmax_scale is None else softmax_scale
+    scale = query.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     return BACKENDS[name].attend(
         query, key, value, layout, softmax_scale=scale, causal=causal, window=window, softcap=softcap
     )
