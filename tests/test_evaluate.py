@@ -1,3 +1,6 @@
+import itertools
+import json
+
 import numpy as np
 import pytest
 from conftest import make_tiny_model
@@ -6,7 +9,8 @@ from test_decoding import Scripted
 from trsd.data import Loaded, Question
 from trsd.decoding import Decoder
 from trsd.errors import InputError
-from trsd.evaluate import area_under_curve, bootstrap_interval, evaluate, graded_questions, table
+from trsd.evaluate import evaluate, graded_questions, main, table
+from trsd.statistics import accuracy_figures, area_under_curve, bootstrap_interval, pass_at_k
 
 
 def questions(*golds):
@@ -60,6 +64,86 @@ def test_samples_of_a_question_are_averaged(tokenizer, think):
         num_samples=3,
     )
     assert result["num_questions"] == 2 and result["num_samples"] == 3
+    for row in (result["unconstrained"], *result["budgets"]):
+        assert list(row["pass_at"]) == ["1", "3"] and row["pass_at"]["1"] == row["accuracy"]
+    assert table(result).splitlines()[0].endswith("terminated   pass@3")
+
+
+def evaluate_free(tokenizer, think, thought, *golds, budgets=()):
+    """Unconstrained results of a model that writes ``thought``."""
+    decoder = Decoder(Scripted(tokenizer, thought, "nothing"), tokenizer, think)
+    return evaluate(decoder, questions(*golds), budgets, max_thinking_tokens=60, max_answer_tokens=20)
+
+
+def test_unclosed_thinking_counts_wrong_but_its_whole_text_is_graded(tokenizer, think):
+    result = evaluate_free(tokenizer, think, "So the answer is 3. " * 30, "3", "4")
+    free = result["unconstrained"]
+    assert free["accuracy"] == 0.0 and free["accuracy_of_whole_text"] == 0.5
+    assert free["unclosed_rate"] == free["no_box_rate"] == free["no_answer_rate"] == 1.0
+    assert "never closed 100%" in table(result) and "whole text 0.500" in table(result)
+
+
+def test_closed_thinking_is_not_counted_as_unclosed(tokenizer, think):
+    result = evaluate_free(tokenizer, think, "2+1\n</think>\n\n\\boxed{3}", "3", "4", budgets=("0",))
+    free, (zero,) = result["unconstrained"], result["budgets"]
+    assert free["unclosed_rate"] == free["no_box_rate"] == 0.0 and zero["no_box_rate"] == 1.0
+    assert free["accuracy"] == free["accuracy_of_whole_text"] == 0.5
+    assert "never closed" not in table(result)
+
+
+def test_whole_text_keeps_reasoning_and_answer_apart(tokenizer, think):
+    assert evaluate_free(tokenizer, think, "so 2</think>7", "7")["unconstrained"]["accuracy_of_whole_text"] == 1.0
+
+
+def test_no_budgets_leave_unconstrained_thinking_alone(tokenizer, think):
+    result = evaluate_free(tokenizer, think, "2+1\n</think>\n\n3", "3", "4")
+    assert result["budgets"] == [] and result["auc"] is None
+    assert result["unconstrained"]["accuracy"] == 0.5 and result["examples"][0]["at_budgets"] == []
+    header, free, count = table(result).splitlines()
+    assert header.startswith("budget") and free.startswith("free") and count == "2 questions"
+
+
+def test_evaluate_command_without_budgets_writes_results_and_no_curve(tiny_folder, tmp_path, capsys):
+    data = tmp_path / "questions.jsonl"
+    data.write_text('{"question": "2+1?", "answer": "3"}\n')
+    argv = ["--model", str(tiny_folder), "--data", str(data), "--budgets", "", "--max_thinking_tokens", "8"]
+    main([*argv, "--output_dir", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["budgets"] == []
+    assert not (tmp_path / "out" / "curve.png").exists() and "1 questions" in capsys.readouterr().out
+
+
+def test_several_greedy_samples_are_refused(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--num_samples", "3"])
+    assert exit_.value.code == 2 and "with a temperature above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n,c", [(1, 0), (1, 1), (4, 0), (4, 1), (4, 3), (5, 5)])
+def test_pass_at_k_equals_the_share_of_draws_with_a_right_sample(n, c):
+    samples = [True] * c + [False] * (n - c)
+    for k in range(1, n + 1):
+        draws = list(itertools.combinations(samples, k))
+        assert pass_at_k(c, n, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-15)
+    assert pass_at_k(c, n, 1) == c / n
+
+
+@pytest.mark.parametrize("c,n,k", [(0, 3, 0), (0, 3, 4), (4, 3, 1), (-1, 3, 1)])
+def test_pass_at_k_refuses_counts_that_cannot_be(c, n, k):
+    with pytest.raises(ValueError, match="expected 1 <= k <= num_samples"):
+        pass_at_k(c, n, k)
+
+
+@pytest.mark.parametrize("n,names", [(1, ["1"]), (2, ["1", "2"]), (3, ["1", "3"]), (8, ["1", "3", "8"])])
+def test_accuracy_figures_hold_pass_at_one_three_and_all(n, names):
+    figures = accuracy_figures([[True] + [False] * (n - 1), [False] * n])
+    assert list(figures["pass_at"]) == names
+    assert figures["pass_at"]["1"] == figures["accuracy"] == pytest.approx(0.5 / n)
+    assert figures["pass_at"][str(n)] == 0.5
+
+
+def test_accuracy_figures_count_questions_alike_when_samples_differ():
+    figures = accuracy_figures([[True], [False, False, False]])
+    assert figures["accuracy"] == 0.5 and list(figures["pass_at"]) == ["1"]
 
 
 def test_area_is_the_mean_accuracy_over_the_budget_range():

@@ -1,3 +1,4 @@
+import time
 from fractions import Fraction
 
 import pytest
@@ -24,6 +25,13 @@ from trsd.grading import as_fraction, check_grader, extract_answer, grade, last_
         ("so 8-3=5", "5"),
         ("we have 8-3", "3"),
         ("it is -3", "-3"),
+        (r"first \boxed{12}, cut off in \boxed{1", "12"),
+        ("the point (6,0,0)", "0"),
+        ("it is 25/8, then", "25/8"),
+        ("it is 12,345.5", "12,345.5"),
+        ("#### Step 4: add\n2+3=5. The answer is 5.", "5"),
+        ("#### 18\n\nQuestion: what are 2 pens?", "18"),
+        ("#### five", "five"),
         ("no number here", None),
         ("", None),
     ],
@@ -35,6 +43,9 @@ def test_extract_answer_knows_the_common_forms(text, answer):
 def test_last_boxed_balances_braces():
     assert last_boxed(r"\boxed{a{b}c}d}") == "a{b}c"
     assert last_boxed(r"\boxed{a{b}") is None
+    assert last_boxed(r"\boxed{\left\{1, 2\right.}") == r"\left\{1, 2\right."
+    assert last_boxed(r"} \boxed{1 \boxed{2}} {") == "2"
+    assert last_boxed(r"\boxed{}") == ""
 
 
 @pytest.mark.parametrize(
@@ -46,6 +57,12 @@ def test_last_boxed_balances_braces():
         ("-4.", -4),
         ("12%", 12),
         ("1/0", None),
+        ("58,500", 58500),
+        ("300,", 300),
+        ("3, 5, 7", None),
+        ("-2,1", None),
+        ("1, 200", None),
+        ("1,2345", None),
         ("x+1", None),
         ("", None),
     ],
@@ -65,10 +82,36 @@ def test_as_fraction_reads_plain_numbers_exactly(text, value):
         (r"\boxed{\frac{1}{2}}", "1/2", True),
         (r"\boxed{\frac{1}{3}}", "1/2", False),
         (r"\boxed{x^2+1}", "1+x^2", True),
+        (r"\boxed{12}", "1,2", False),
+        (r"\boxed{7, 5, 3}", "3, 5, 7", True),
     ],
 )
 def test_grade_compares_by_value(text, gold, right):
     assert grade(text, gold) is right
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        r"\boxed{",
+        "the answer is not ",
+        r"the answer is \frac{1}{2}+",
+        r"answer is $",
+        "{" * 9 + "}",
+        "#### step\n",
+        "1,000,",
+        "3/24=",
+    ],
+)
+def test_a_long_text_that_runs_in_circles_is_graded_in_a_moment(loop):
+    text = (loop * 300_000)[:300_000]
+    start = time.process_time()
+    assert not grade(text, "42") and not grade(text, r"\sqrt{2}")
+    assert time.process_time() - start < 5
+
+
+def test_an_endless_box_is_no_answer():
+    assert not grade(rf"\boxed{{{'1+' * 3000}1}}", "3001")
 
 
 @given(st.text(max_size=200))
@@ -94,3 +137,8 @@ def test_references_that_need_math_verify_are_found_before_any_work(monkeypatch)
     check_grader(["42", None, "1/2"])
     with pytest.raises(InputError, match="trsd\\[eval\\]"):
         check_grader(["42", r"\sqrt{2}"])
+
+
+@pytest.mark.parametrize("verdict", ["correct as 25/8", "right, 7 of them", "not 12", "incorrect: 9"])
+def test_a_verdict_on_an_answer_is_no_answer(verdict):
+    assert extract_answer(f"So the answer is 33.\nI think the answer is {verdict}.") == "33"

@@ -12,23 +12,32 @@ from fractions import Fraction
 
 from trsd.errors import InputError
 
-_NUMBER = re.compile(r"(?:(?<![\d)\w])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d[\d,]*)?")
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)"  # commas only where they part thousands: "3, 5" and "3,5" are lists
+_NUMBER = re.compile(rf"(?:(?<![\d)\w])-)?(?:{_WHOLE}(?:\.\d+)?|\.\d+)(?:\s*/\s*{_WHOLE})?")
+_PLAIN_NUMBER = re.compile(rf"-?(?:{_WHOLE}(?:\.\d*)?|\.\d+)(?:/{_WHOLE})?")
 _LATEX = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)")
-_SAID = re.compile(r"answer\s*(?:is|:)\s*", re.IGNORECASE)
+# "The answer is correct" judges an answer and states none.
+_SAID = re.compile(r"answer\s*(?:is|:)(?!\s*(?:in)?correct\b|\s*(?:right|wrong|not)\b)\s*", re.IGNORECASE)
+_BRACES = re.compile(r"\\boxed\{|\\[{}]|[{}]")
+
+MAX_ANSWER_LENGTH = 1000
+"""Characters of a final answer. Thinking that runs in circles writes lines of any length, and parsing takes seconds."""
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands inside the last ``\boxed{...}``, braces balanced; None without a closed one."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    begin = start + len("\\boxed{")
-    depth = 1
-    for index in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[index], 0)
-        if depth == 0:
-            return text[begin:index].strip()
-    return None
+    r"""What stands inside the last closed ``\boxed{...}``, braces balanced; None without a closed one."""
+    opened: list[tuple[int, bool]] = []
+    found = None
+    for brace in _BRACES.finditer(text):
+        if brace[0] in ("\\{", "\\}"):  # braces that are printed do not group
+            continue
+        if brace[0] != "}":
+            opened.append((brace.end(), brace[0] != "{"))
+        elif opened:
+            begin, boxed = opened.pop()
+            if boxed and (found is None or begin > found[0]):
+                found = begin, text[begin : brace.start()].strip()
+    return found and found[1]
 
 
 def extract_answer(text: str, *, whole_text: bool = False) -> str | None:
@@ -42,11 +51,16 @@ def extract_answer(text: str, *, whole_text: bool = False) -> str | None:
     if boxed:
         return boxed
     if "####" in text:
-        return text.rsplit("####", 1)[1].strip().split("\n")[0].strip() or None
+        line, _, below = text.rsplit("####", 1)[1].strip().partition("\n")
+        # Words with text below them are a Markdown heading.
+        if whole_text or not below.strip() or as_fraction(line) is not None:
+            return line.strip() or None
+    end = len(text)
     for said in reversed(list(_SAID.finditer(text))):
-        stated = _stated(text[said.end() :].strip().split("\n")[0])
+        stated = _stated(text[said.end() : min(end, said.end() + MAX_ANSWER_LENGTH)].split("\n")[0].strip())
         if stated:
             return stated
+        end = said.start()
     if whole_text:
         return text.strip() or None
     numbers = _NUMBER.findall(text)
@@ -68,12 +82,11 @@ def _stated(rest: str) -> str | None:
 
 def as_fraction(text: str) -> Fraction | None:
     """A plain number ("1,200", "$3.50", "7/8", "12%" as 12) as an exact fraction; None for anything else."""
-    cleaned = (
-        text.strip().strip("$%").replace("\\$", "").replace("\\%", "").replace(",", "").replace(" ", "").rstrip(".")
-    )
-    if not cleaned or len(cleaned) > 60 or not re.fullmatch(r"-?(?:\d+(?:\.\d*)?|\.\d+)(?:/\d+)?", cleaned):
+    cleaned = text.strip().strip("$%").replace("\\$", "").replace("\\%", "").rstrip(".,")
+    cleaned = re.sub(r"(?<!,) ", "", cleaned)
+    if not cleaned or len(cleaned) > 60 or not _PLAIN_NUMBER.fullmatch(cleaned):
         return None
-    numerator, _, denominator = cleaned.partition("/")
+    numerator, _, denominator = cleaned.replace(",", "").partition("/")
     if denominator and int(denominator) == 0:
         return None
     return Fraction(numerator) / (int(denominator) if denominator else 1)
@@ -89,7 +102,7 @@ def grade(text: str, gold: str) -> bool:
     left, right = as_fraction(answer), as_fraction(reference)
     if left is not None and right is not None:
         return left == right
-    return _verify(answer, reference)
+    return len(answer) <= MAX_ANSWER_LENGTH and _verify(answer, reference)
 
 
 def check_grader(golds: Iterable[str | None]) -> None:

@@ -47,7 +47,7 @@ def headline(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[f
 
 def summary(before: dict[str, Any], after: dict[str, Any]) -> str:
     """Before and after as a text table."""
-    lines = ["\nbudget      tokens    before     after"]
+    lines = ["\nbudget      tokens    before     after"] if before["budgets"] else [""]
     for old, new in zip(before["budgets"], after["budgets"], strict=True):
         lines.append(f"{old['budget']:<10} {old['tokens']:>7}  {old['accuracy']:>8.3f}  {new['accuracy']:>8.3f}")
     lines += [f"{name}: {old:.3f} -> {new:.3f}" for name, (old, new) in headline(before, after).items()]
@@ -84,13 +84,15 @@ def write_report(run_dir: Path) -> Path:
     recipe_text = (run_dir / RECIPE_FILE).read_text(encoding="utf-8")
     parts = [f"<h1>{html.escape(run_dir.name)}</h1>", f'<p class="lead">{_lead(metrics, run_dir)}</p>']
     if before and after:
-        plot_curves({"before": before, "after": after}, run_dir / "curve.png")
         cards = "".join(
             f'<div class="card">{name}<b>{_number(old)} → {_number(new)}</b></div>'
             for name, (old, new) in headline(before, after).items()
         )
         parts.append(f'<div class="cards">{cards}</div>')
-        parts += ["<h2>Accuracy against thinking budget</h2>", _image(run_dir / "curve.png", "accuracy against budget")]
+        parts.append("<h2>Accuracy against thinking budget</h2>")
+        if before["budgets"]:
+            plot_curves({"before": before, "after": after}, run_dir / "curve.png")
+            parts.append(_image(run_dir / "curve.png", "accuracy against budget"))
         parts.append(_curve_table(before, after))
     if metrics:
         terms = {label: [row[name] for row in metrics] for name, label in LOSS_TERMS.items()}
