@@ -15,6 +15,7 @@ from trsd_kernels.logits_distill import fused_distillation
 from trsd_kernels.options import DistillOptions
 from trsd_kernels.reduction import LinearDistillationOutput
 from trsd_kernels.row_state import TokenTerms
+from trsd_kernels.surprisal import TokenSurprisal, token_surprisal
 from trsd_kernels.teacher_targets import (
     TeacherVectors,
     TopKTargets,
@@ -32,6 +33,7 @@ __all__ = [
     "LinearDistillationOutput",
     "PackedLayout",
     "TeacherVectors",
+    "TokenSurprisal",
     "TokenTerms",
     "TopKTargets",
     "choose_backend",
@@ -46,6 +48,7 @@ __all__ = [
     "predicting_rows",
     "shift_labels",
     "teacher_vectors",
+    "token_surprisal",
     "top_k_targets",
     "varlen_attention",
 ]

@@ -33,13 +33,13 @@ from trsd_kernels.checks import (
     check_token_weights,
 )
 from trsd_kernels.linear_distill import autocast_dtype
-from trsd_kernels.linear_ops import chunk_length, refuse_forward_mode
+from trsd_kernels.linear_ops import refuse_forward_mode
+from trsd_kernels.logit_chunks import logit_chunks
 from trsd_kernels.options import DistillOptions
-from trsd_kernels.products import accumulator_dtype, product, product_dtype
+from trsd_kernels.products import Head, accumulator_dtype
 from trsd_kernels.reduction import LinearDistillationOutput, check_reduction, reduced_output, weights_and_items
 from trsd_kernels.row_state import TokenTerms
 from trsd_kernels.target_plans import accurate_product, distill_top_k, distill_vectors
-from trsd_kernels.torch_rows import even_chunk, row_chunks, transform_
 
 
 class TopKTargets(NamedTuple):
@@ -68,16 +68,6 @@ class TeacherVectors(NamedTuple):
     temperature: float = 1.0
 
 
-def _teacher_chunks(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, options: DistillOptions, chunk_bytes):
-    """(slice, teacher logits over T) chunk by chunk, fp32 or fp64; the caller may write over them."""
-    dtype = product_dtype(hidden_states, weight, None)
-    weight, word = weight.detach().to(dtype), accumulator_dtype(dtype)
-    limit = chunk_length(2 * weight.shape[0], word, weight.device, chunk_bytes)  # a copy or two beside the logits
-    for part in row_chunks(len(hidden_states), even_chunk(len(hidden_states), limit)):
-        logits = product(hidden_states[part].detach().to(dtype), weight.T)
-        yield part, transform_(logits, bias, options.teacher_transform).div_(options.temperature)
-
-
 @torch.no_grad()
 def top_k_targets(
     teacher_hidden_states: Tensor,  # [num_tokens, teacher_hidden_size]
@@ -104,9 +94,9 @@ def top_k_targets(
     if not 1 <= k <= teacher_lm_head_weight.shape[0]:
         raise ValueError(f"k: expected 1 to vocab_size={teacher_lm_head_weight.shape[0]}, got {k}")
     found = []
-    for _, logits in _teacher_chunks(
-        teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias, settings, chunk_bytes
-    ):
+    head = Head(teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias)
+    for _, logits in logit_chunks(head, settings.teacher_transform, chunk_bytes=chunk_bytes):
+        logits.div_(settings.temperature)
         lse = logits.logsumexp(1)
         values, ids = logits.topk(k, dim=1)
         tail = logits.scatter_(1, ids, -math.inf).logsumexp(1)
@@ -153,9 +143,9 @@ def teacher_vectors(
     vectors = student.new_empty(num_tokens, student.shape[1], dtype=word)
     entropy, mean_bias = (student.new_zeros(num_tokens, dtype=word) for _ in range(2))
     top_token = torch.empty(num_tokens, dtype=torch.int64, device=student.device)
-    for part, logits in _teacher_chunks(
-        teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias, settings, chunk_bytes
-    ):
+    head = Head(teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias)
+    for part, logits in logit_chunks(head, settings.teacher_transform, chunk_bytes=chunk_bytes):
+        logits.div_(settings.temperature)
         top_token[part] = logits.argmax(1)
         log_p = logits.sub_(logits.logsumexp(1, keepdim=True))
         p = log_p.exp()

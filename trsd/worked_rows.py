@@ -1,0 +1,90 @@
+"""Rows with reasoning in forms that training does not take, as traces to be analysed.
+
+    question + answer, with ``solutions``   the answer column holds a worked solution, then ``#### final`` (GSM8K): what
+                                            stands before ``####`` is the reasoning
+    problem or question, response           the response holds the thinking in open and close tags; the answer column,
+                                            where there is one, is the reference
+
+Rows of any other form are read as ``data.py`` reads them.
+"""
+
+from itertools import islice
+from typing import Any
+
+from trsd.data import Loaded, RowReader, describe_drops, source_rows
+from trsd.errors import InputError
+from trsd.thinking import ThinkFormat
+from trsd.traces import Trace
+
+NO_FINAL_ANSWER = "no #### and final answer behind the worked solution"
+NO_REASONING = "no reasoning tokens"
+DUPLICATE = "exact duplicate"
+
+
+def load_traces(
+    source: str, *, tokenizer: Any, think: ThinkFormat, solutions: bool = False, max_rows: int | None = None
+) -> Loaded:
+    """The traces among the first ``max_rows`` rows of ``source``; what is left out is counted by reason.
+
+    Args:
+        source: a .jsonl or .parquet file, or a hub data set.
+        tokenizer: of the traces' ids.
+        think: the tags around the thinking.
+        solutions: rows are questions with worked solutions as above.
+        max_rows: of the source.
+
+    Raises:
+        InputError: a malformed row, rows without reasoning, or no usable row at all.
+    """
+    loaded, seen = Loaded(), set()
+    reader = RowReader(tokenizer, think)
+    for where, row in islice(source_rows(source), max_rows):
+        row = _as_solution(row, where=where) if solutions else _as_response(row, where=where)
+        item = row if isinstance(row, str) else reader.read(row, where=where)
+        if isinstance(item, Trace) and not item.reasoning_ids:
+            item = NO_REASONING
+        if isinstance(item, str):
+            loaded.dropped[item] += 1
+        elif not isinstance(item, Trace):
+            raise InputError(
+                f"{where}: a question without reasoning; generate traces first (python -m trsd.generate), or pass "
+                "--solutions True when its answer column holds worked solutions that end in #### and the answer"
+            )
+        elif item.id in seen:
+            loaded.dropped[DUPLICATE] += 1
+        else:
+            seen.add(item.id)
+            loaded.traces.append(item)
+    if not loaded.traces:
+        raise InputError(f"{source} holds no usable row ({describe_drops(loaded.dropped) or 'it is empty'})")
+    return loaded
+
+
+def _as_solution(row: dict[str, Any], *, where: str) -> dict[str, Any] | str:
+    """A question with a worked solution as prompt, reasoning and answer; a reason where it has no final answer."""
+    name = _question_column(row)
+    if name is None or not isinstance(row.get("answer"), str):
+        raise InputError(
+            f"{where}: --solutions expects question (or problem) and a worked solution as answer, got {sorted(row)}"
+        )
+    solution, tag, final = row["answer"].rpartition("####")
+    if not tag or not final.strip():
+        return NO_FINAL_ANSWER
+    return {name: row[name], "reasoning": solution.rstrip(), "answer": final.strip(), "gold": final.strip()}
+
+
+def _as_response(row: dict[str, Any], *, where: str) -> dict[str, Any]:
+    """A problem with a tagged response as a conversation; any other row as it is."""
+    name = _question_column(row)
+    if name is None or "response" not in row:
+        return row
+    if not isinstance(row["response"], str):
+        raise InputError(f"{where}: response must be text, got {type(row['response']).__name__}")
+    if not isinstance(row[name], str):
+        raise InputError(f"{where}: {name} must be text, got {type(row[name]).__name__}")
+    turns = [{"role": "user", "content": row[name]}, {"role": "assistant", "content": row["response"]}]
+    return {"messages": turns, "answer": row.get("answer")}
+
+
+def _question_column(row: dict[str, Any]) -> str | None:
+    return next((name for name in ("question", "problem") if name in row), None)
