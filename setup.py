@@ -12,8 +12,10 @@ TEST = [
     "math-verify>=0.8",
     "ruff>=0.8",
     "triton>=3.6; platform_system == 'Linux'",
+    "kneed>=0.8",
 ]
 EVAL = ["math-verify>=0.8"]
+ANALYSIS = ["kneed>=0.8"]
 
 setup(
     name="trsd",
@@ -25,7 +27,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["trsd", "trsd.*"]), "trsd_kernels"],
     package_dir={"trsd_kernels": "kernels/trsd_kernels"},
-    package_data={"trsd": ["recipes/*.yaml", "demo/reasoner/*", "demo/questions/*.jsonl"]},
+    package_data={"trsd": ["recipes/*.yaml", "demo/reasoner/*", "demo/student/*", "demo/questions/*.jsonl"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
@@ -41,6 +43,7 @@ setup(
         "test": TEST,
         "bench": ["pytest>=8", "pytest-benchmark>=5"],
         "eval": EVAL,
+        "analysis": ANALYSIS,
         "data": ["datasets>=4", "pyarrow>=17"],
         "gguf": ["gguf>=0.10", "sentencepiece>=0.2", "accelerate>=1"],
         "vllm": ["vllm>=0.20"],

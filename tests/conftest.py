@@ -8,10 +8,12 @@ import torch
 from hypothesis import settings
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from trsd import train
 from trsd.demo.problems import draw_problems
+from trsd.metrics import read_metrics
 from trsd.models import PACKED_ATTENTION, tokenizer_fingerprint
 from trsd.thinking import ThinkFormat
-from trsd.traces import Trace
+from trsd.traces import Trace, write_traces
 
 settings.register_profile("noisy_machine", deadline=None)
 settings.load_profile("noisy_machine")
@@ -99,3 +101,45 @@ def make_traces(tokenizer, think, num_traces, *, seed=0):
 @pytest.fixture
 def traces(tokenizer, think):
     return make_traces(tokenizer, think, 7)
+
+
+@pytest.fixture
+def trace_file(tmp_path, tokenizer, think):
+    path = tmp_path / "traces.jsonl"
+    write_traces(path, make_traces(tokenizer, think, 10))
+    return path
+
+
+@pytest.fixture
+def run(tiny_folder, trace_file, tmp_path):
+    """Run the trainer on the tiny model and ten given traces; flags override."""
+
+    def run(name="run", **flags):
+        defaults = dict(
+            model_name_or_path=tiny_folder,
+            data=trace_file,
+            eval_data=None,
+            output_dir=tmp_path / name,
+            max_steps=6,
+            train_batch_size=4,
+            max_tokens_per_batch=512,
+            max_length=512,
+            learning_rate=1e-3,
+            anchor_share=0.2,
+        )
+        words = [word for key, value in (defaults | flags).items() for word in (f"--{key}", str(value))]
+        train.main(words)
+        return tmp_path / name
+
+    return run
+
+
+def refusal(capsys, call):
+    with pytest.raises(SystemExit) as exit_:
+        call()
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+def losses(folder):
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(folder / "metrics.jsonl")]

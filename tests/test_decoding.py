@@ -16,6 +16,7 @@ class Scripted(torch.nn.Module):
     """Stands in for a model: continues every context with fixed tokens, then EOS for ever."""
 
     device = torch.device("cpu")
+    dtype = torch.float32
 
     def __init__(self, tokenizer, think_text, answer_text):
         super().__init__()
@@ -125,3 +126,35 @@ def test_a_folders_generation_config_adds_nothing(tokenizer, think, prompts):
     model.generation_config.suppress_tokens = plain[0].reasoning_ids[:3]
     assert Decoder(model, tokenizer, think).think_and_answer(prompts, **limits) == plain
     assert model.generation_config.repetition_penalty == 9.0
+
+
+def test_complete_continues_every_context_in_the_order_given(tokenizer, think, prompts):
+    model = make_tiny_model(tokenizer, dtype=torch.float64)
+    decoder = Decoder(model, tokenizer, think, batch_size=3)
+    written = decoder.complete(prompts, max_new_tokens=12)
+    assert written == [decoder.complete([prompt], max_new_tokens=12)[0] for prompt in prompts]
+    assert len({tuple(ids) for ids in written}) > 1 and all(0 < len(ids) <= 12 for ids in written)
+
+
+def test_a_repetition_penalty_keeps_greedy_decoding_from_what_was_said(tokenizer, think, prompts):
+    model = make_tiny_model(tokenizer)
+
+    def write(penalty):
+        decoder = Decoder(model, tokenizer, think, sampling=Sampling(repetition_penalty=penalty))
+        return decoder.complete(prompts[:2], max_new_tokens=15)
+
+    assert write(1.0) == Decoder(model, tokenizer, think).complete(prompts[:2], max_new_tokens=15)
+    assert any(len(set(ids)) < len(ids) for ids in write(1.0))
+    for prompt, ids in zip(prompts, write(1e6), strict=False):
+        assert len(set(ids)) == len(ids) and not set(ids) & set(prompt)
+
+
+def test_padding_holds_no_token_that_a_repetition_penalty_would_add(tokenizer, think):
+    class Watched(Scripted):
+        def generate(self, input_ids, attention_mask, generation_config):
+            rows.extend(input_ids.tolist())
+            return super().generate(input_ids, attention_mask, generation_config)
+
+    rows, contexts = [], [[5, 6, 7, 8, 9], [10, 11]]
+    Decoder(Watched(tokenizer, "3", "3"), tokenizer, think).complete(contexts, max_new_tokens=3)
+    assert [set(row) for row in rows] == [set(context) for context in contexts]

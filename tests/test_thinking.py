@@ -108,3 +108,46 @@ def test_a_tag_merged_with_its_neighbours_is_found():
 def test_padded_vocabulary_ids_have_no_text(tokenizer):
     texts = token_texts(tokenizer, 700)
     assert len(texts) == 700 and set(texts[len(tokenizer) :]) == {""}
+
+
+DRAFT = {"open_tag": "<Begin_of_Draft>", "close_tag": "<End_of_Draft>"}
+MESSAGES = [{"role": "user", "content": "How many?"}]
+
+
+def test_a_direct_prompt_lets_the_model_answer_at_once(tokenizer, think):
+    text = tokenizer.decode(think.direct_prompt_ids(tokenizer, MESSAGES))
+    assert text.endswith("How many?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_a_direct_prompt_asks_the_template_for_no_thinking(tokenizer, think):
+    class Switched:
+        chat_template = "... <think>"
+        __call__ = staticmethod(lambda text, **kwargs: tokenizer(text, **kwargs))
+
+        def apply_chat_template(self, messages, *, enable_thinking, **_):
+            return "think hard: " if enable_thinking else "answer: "
+
+    assert tokenizer.decode(think.direct_prompt_ids(Switched(), MESSAGES)) == "answer: "
+
+
+def test_a_direct_prompt_closes_what_the_template_opens_all_the_same(tokenizer, think):
+    class AlwaysThinking:
+        chat_template = "... <think>"
+        __call__ = staticmethod(lambda text, **kwargs: tokenizer(text, **kwargs))
+
+        def apply_chat_template(self, messages, **_):
+            return messages[0]["content"] + "<think>\n"
+
+    assert tokenizer.decode(think.direct_prompt_ids(AlwaysThinking(), MESSAGES)) == "How many?<think>\n\n</think>\n\n"
+
+
+def test_a_prompt_of_draft_tags_leaves_the_templates_own_thinking_empty(tokenizer):
+    text = tokenizer.decode(ThinkFormat.of(tokenizer, **DRAFT).prompt_ids(tokenizer, MESSAGES))
+    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n<Begin_of_Draft>")
+
+
+def test_draft_tags_close_as_in_the_released_outputs(tokenizer):
+    think = ThinkFormat.of(tokenizer, **DRAFT)
+    assert tokenizer.decode(think.natural_close_ids) == think.closer == "<End_of_Draft>\n"
+    early = ThinkFormat.of(tokenizer, closer="qwen3_early_stop", **DRAFT)
+    assert early.closer.endswith("directly now.\n<End_of_Draft>.\n\n") and early.natural_close_ids == think.closer_ids

@@ -5,56 +5,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_tiny_model, make_traces
+from conftest import losses, make_tiny_model, refusal
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trsd import train
+from trsd import loop, train
 from trsd.methods.trsd import cut_example, with_thinking
 from trsd.metrics import read_metrics
-from trsd.traces import write_traces
-
-
-@pytest.fixture
-def trace_file(tmp_path, tokenizer, think):
-    path = tmp_path / "traces.jsonl"
-    write_traces(path, make_traces(tokenizer, think, 10))
-    return path
-
-
-@pytest.fixture
-def run(tiny_folder, trace_file, tmp_path):
-    """Run the trainer on the tiny model and ten given traces; flags override."""
-
-    def run(name="run", **flags):
-        defaults = dict(
-            model_name_or_path=tiny_folder,
-            data=trace_file,
-            eval_data=None,
-            output_dir=tmp_path / name,
-            max_steps=6,
-            train_batch_size=4,
-            max_tokens_per_batch=512,
-            max_length=512,
-            learning_rate=1e-3,
-            anchor_share=0.2,
-        )
-        words = [word for key, value in (defaults | flags).items() for word in (f"--{key}", str(value))]
-        train.main(words)
-        return tmp_path / name
-
-    return run
-
-
-def refusal(capsys, call):
-    with pytest.raises(SystemExit) as exit_:
-        call()
-    assert exit_.value.code == 2
-    return capsys.readouterr().err
-
-
-def losses(folder):
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(folder / "metrics.jsonl")]
 
 
 def weights(checkpoint):
@@ -146,13 +103,13 @@ def test_branches_train_as_the_separate_sequences_do(run, monkeypatch):
 
 def test_the_recipes_attention_is_what_runs(run, monkeypatch):
     asked = set()
-    true = train.packed_hidden_states
+    true = loop.packed_hidden_states
 
     def seen(*arguments, backend):
         asked.add(backend)
         return true(*arguments, backend=backend)
 
-    monkeypatch.setattr(train, "packed_hidden_states", seen)
+    monkeypatch.setattr(loop, "packed_hidden_states", seen)
     monkeypatch.setattr("trsd.teachers.packed_hidden_states", seen)
     run("run", max_steps=1, branches_per_trace=2)
     assert asked == {"sdpa"}
@@ -271,7 +228,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(run, tmp_path, capsys):
     other.add_tokens(["<extra>"])
     other.save_pretrained(tmp_path / "other")
     error = refusal(capsys, lambda: run("run", teacher_model_name_or_path=tmp_path / "other"))
-    assert "different tokenizers" in error
+    assert f"first at token {len(other) - 1}: the student has none, the teacher says '<extra>'" in error
 
 
 def test_random_state_is_restored(tiny_model, tmp_path):

@@ -16,6 +16,11 @@ from trsd.thinking import ThinkFormat, sentence_ends, token_texts
 from trsd_kernels import fused_linear_distillation
 
 
+def whole(traces):
+    """What the teacher runs."""
+    return [full_example(trace, index) for index, trace in enumerate(traces)]
+
+
 def loss_of(model, teacher, batches, *, num_items, **options):
     """Sum of the packed rows' losses, as the trainer computes it."""
     head = model.get_output_embeddings().weight
@@ -23,8 +28,7 @@ def loss_of(model, teacher, batches, *, num_items, **options):
         fused_linear_distillation(
             packed_hidden_states(model, batch.input_ids, batch.layout)[batch.rows],
             head,
-            teacher.hidden_states(batch.trace_indices),
-            teacher.lm_head_weight,
+            *teacher.targets(batch.trace_indices),
             batch.labels,
             token_weights=batch.weights,
             num_items_in_batch=num_items,
@@ -132,7 +136,7 @@ def test_a_cut_trace_never_leaks_a_later_token(traces, think, tiny_model):
 def test_packed_gradient_equals_the_sum_over_separate_sequences_in_float64(tokenizer, think, options):
     traces = make_traces(tokenizer, think, 6)
     teacher_model, student = (make_tiny_model(tokenizer, seed=seed, dtype=torch.float64) for seed in (0, 1))
-    teacher = OnlineTeacher(teacher_model, traces, max_tokens_per_batch=4096)
+    teacher = OnlineTeacher(teacher_model, whole(traces), max_tokens_per_batch=4096)
     rng = random.Random(0)
     examples = [cut_example(t, i, rng.randint(0, len(t.reasoning_ids)), think) for i, t in enumerate(traces)]
     num_items = sum(len(example.labels) for example in examples)
@@ -156,7 +160,7 @@ def test_loss_equals_equation_one_written_out_in_float64(tokenizer, think):
     """Plain Hugging Face logits of each whole sequence, answer positions picked by hand."""
     traces = make_traces(tokenizer, think, 4)
     teacher_model, student = (make_tiny_model(tokenizer, seed=seed, dtype=torch.float64) for seed in (0, 1))
-    teacher = OnlineTeacher(teacher_model, traces, max_tokens_per_batch=4096)
+    teacher = OnlineTeacher(teacher_model, whole(traces), max_tokens_per_batch=4096)
     cuts = [len(trace.reasoning_ids) // 2 for trace in traces]
     examples = [cut_example(t, i, c, think) for i, (t, c) in enumerate(zip(traces, cuts, strict=True))]
     num_items = sum(len(trace.answer_ids) for trace in traces)
@@ -177,7 +181,7 @@ def test_loss_equals_equation_one_written_out_in_float64(tokenizer, think):
 
 
 def test_full_traces_give_zero_loss_to_a_student_that_is_the_teacher(traces, tiny_model, tokenizer):
-    teacher = OnlineTeacher(make_tiny_model(tokenizer), traces, max_tokens_per_batch=4096)
+    teacher = OnlineTeacher(make_tiny_model(tokenizer), whole(traces), max_tokens_per_batch=4096)
     examples = [full_example(trace, index) for index, trace in enumerate(traces)]
     loss = loss_of(tiny_model, teacher, pack_examples(examples, 512, "cpu"), num_items=1, alpha=1.0)
     assert abs(loss.item()) < 1e-4
@@ -243,7 +247,7 @@ def test_branches_give_the_loss_and_gradients_of_separate_sequences(tokenizer, t
 
     def loss_and_gradients(dtype, batches):
         teacher_model, student = (make_tiny_model(tokenizer, seed=s, dtype=dtype) for s in (0, 1))
-        teacher = OnlineTeacher(teacher_model, traces, max_tokens_per_batch=4096)
+        teacher = OnlineTeacher(teacher_model, whole(traces), max_tokens_per_batch=4096)
         loss = loss_of(student, teacher, batches, num_items=num_items, alpha=0.7)
         head = student.get_output_embeddings().weight
         for batch in batches:

@@ -31,7 +31,7 @@ class Branch:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One sequence to run and the tokens it learns: the last ``len(labels)`` positions predict ``labels``.
+    """One sequence to run and the tokens it learns: the positions ``rows`` predict ``labels``.
 
     The positions from ``thinking_start`` on predict ``thinking_labels``, which are learnt as they stand, by
     cross-entropy, without teacher targets. A branch learns, beside its own labels, the thinking it shares.
@@ -41,6 +41,8 @@ class Example:
     """The trace whose teacher targets belong to the labels, one target row per label; a branch has the same."""
     input_ids: list[int]
     labels: list[int]
+    rows: Sequence[int] | None = None
+    """Ascending positions in ``input_ids``, one per label; None: the last ones."""
     count: int = 1
     """How many equal sequences this one stands for, branches not counted."""
     thinking_start: int = 0
@@ -69,6 +71,8 @@ class PackedBatch:
     """Sum of ``weights``."""
     num_thinking: int
     """Sum of ``thinking_weights``."""
+    num_pairs: int
+    """Pairs of a query and a key it sees."""
     trace_indices: tuple[int, ...]
     """Trace of each sequence, in the order of the rows."""
 
@@ -99,12 +103,13 @@ def _packed(examples: list[Example], device: torch.device | str) -> PackedBatch:
         trace_indices += [example.trace_index] * (1 + len(order))
     rows, weights = [], []
     for segment, end in zip(segments, (layout.starts + layout.lengths).tolist(), strict=True):
-        rows.extend(range(end - len(segment.labels), end))
+        rows.extend(_label_rows(segment, end))
         weights.extend([segment.count] * len(segment.labels))
 
     def tensor(values: Iterable[int], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(list(values), dtype=dtype).to(device)
 
+    lengths, cuts = layout.lengths, layout.cuts
     # A reasoning token is learnt once for every sequence that shows it.
     shown = layout.multiplicity(torch.tensor([segment.count for segment in segments]))
     thinking_weights = shown[torch.tensor(thinking_rows, dtype=torch.int64) + 1]
@@ -119,8 +124,16 @@ def _packed(examples: list[Example], device: torch.device | str) -> PackedBatch:
         thinking_weights=thinking_weights.to(device=device, dtype=torch.float32),
         num_items=sum(weights),
         num_thinking=round(float(thinking_weights.sum())),
+        num_pairs=int((lengths * cuts + lengths * (lengths + 1) // 2).sum()),
         trace_indices=tuple(trace_indices),
     )
+
+
+def _label_rows(segment: Example | Branch, end: int) -> Iterable[int]:
+    """Where in the row of tokens the labels of a segment that ends at ``end`` are predicted."""
+    if isinstance(segment, Example) and segment.rows is not None:
+        return [end - len(segment.input_ids) + row for row in segment.rows]
+    return range(end - len(segment.labels), end)
 
 
 class TraceStream:

@@ -26,6 +26,8 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of every token that stands in the context (and multiplies the negative ones)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ class Decoder:
     ) -> list[Answer]:
         """Let the model think and answer freely; thinking that passes its limit stays without close and answer."""
         close = max(len(self.think.natural_close_ids), len(self.think.closer_ids))
-        written = self._complete(prompts, max_new_tokens=max_thinking_tokens + close + max_answer_tokens)
+        written = self.complete(prompts, max_new_tokens=max_thinking_tokens + close + max_answer_tokens)
         return [self._split(ids, max_thinking_tokens, max_answer_tokens) for ids in written]
 
     def answer_after(
@@ -94,7 +96,7 @@ class Decoder:
         """Close each (already cut) reasoning with the closer and let the model answer."""
         closer = list(self.think.closer_ids)
         contexts = [[*prompt, *reasoning, *closer] for prompt, reasoning in zip(prompts, reasonings, strict=True)]
-        written = self._complete(contexts, max_new_tokens=max_answer_tokens)
+        written = self.complete(contexts, max_new_tokens=max_answer_tokens)
         return [
             Answer(
                 reasoning_ids=list(reasoning),
@@ -131,18 +133,8 @@ class Decoder:
             at_budgets[budget][index] = answer
         return at_budgets
 
-    def _split(self, ids: list[int], max_thinking_tokens: int, max_answer_tokens: int) -> Answer:
-        parts = self.think.split(ids, self.texts)
-        if parts is None or len(parts[0]) > max_thinking_tokens:
-            reasoning = [i for i in ids[:max_thinking_tokens] if i not in self.eos_ids]
-            return Answer(reasoning_ids=reasoning, close_ids=[], answer_ids=[], closed=False, finished=False)
-        reasoning, close, answer = parts
-        answer = answer[:max_answer_tokens]
-        finished = bool(answer) and answer[-1] in self.eos_ids
-        return Answer(reasoning_ids=reasoning, close_ids=close, answer_ids=answer, closed=True, finished=finished)
-
     @torch.no_grad()
-    def _complete(self, contexts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
+    def complete(self, contexts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
         """What the model writes after each context, up to and with EOS, in the order of ``contexts``."""
         order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
         written: list[list[int]] = [[] for _ in contexts]
@@ -163,11 +155,23 @@ class Decoder:
                     self.progress(min(start + self.batch_size, len(order)), len(order))
         return written
 
+    def _split(self, ids: list[int], max_thinking_tokens: int, max_answer_tokens: int) -> Answer:
+        parts = self.think.split(ids, self.texts)
+        if parts is None or len(parts[0]) > max_thinking_tokens:
+            reasoning = [i for i in ids[:max_thinking_tokens] if i not in self.eos_ids]
+            return Answer(reasoning_ids=reasoning, close_ids=[], answer_ids=[], closed=False, finished=False)
+        reasoning, close, answer = parts
+        answer = answer[:max_answer_tokens]
+        finished = bool(answer) and answer[-1] in self.eos_ids
+        return Answer(reasoning_ids=reasoning, close_ids=close, answer_ids=answer, closed=True, finished=finished)
+
     def _generate(self, contexts: list[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         length, device = len(contexts[0]), self.model.device
-        input_ids = torch.full((len(contexts), length), self.tokenizer.pad_token_id)
+        # Left padding, so that all rows continue at the right edge; with a row's own first token, because a repetition
+        # penalty looks at padding too, and the pad token may be EOS.
+        input_ids = torch.tensor([context[0] for context in contexts])[:, None].repeat(1, length)
         mask = torch.zeros_like(input_ids)
-        for row, context in enumerate(contexts):  # left padding, so that all rows continue at the right edge
+        for row, context in enumerate(contexts):
             input_ids[row, length - len(context) :] = torch.tensor(context)
             mask[row, length - len(context) :] = 1
         greedy = self.sampling.temperature == 0
@@ -177,6 +181,7 @@ class Decoder:
             temperature=None if greedy else self.sampling.temperature,
             top_p=None if greedy else self.sampling.top_p,
             top_k=None if greedy else 0,
+            repetition_penalty=self.sampling.repetition_penalty,
             eos_token_id=self.eos_ids,
             pad_token_id=self.tokenizer.pad_token_id,
         )

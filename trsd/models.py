@@ -342,6 +342,23 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
+def check_same_tokenizer(one: Any, other: Any, *, student: Path, teacher: Path) -> None:
+    """Raise InputError, naming the first token that differs, unless both write the same ids for the same pieces."""
+    if tokenizer_fingerprint(one) == tokenizer_fingerprint(other):
+        return
+    mine, theirs = ({i: piece for piece, i in tokenizer.get_vocab().items()} for tokenizer in (one, other))
+    first = min(i for i in mine.keys() | theirs.keys() if mine.get(i) != theirs.get(i))
+    said = [
+        f"{name} says {pieces[first]!r}" if first in pieces else f"{name} has none"
+        for name, pieces in (("the student", mine), ("the teacher", theirs))
+    ]
+    raise InputError(
+        f"teacher {teacher} and student {student} have different tokenizers, first at token {first}: "
+        f"{', '.join(said)}. Their distributions are over different tokens; choose models of one family, or let the "
+        "teacher write traces as text and learn those with method sft"
+    )
+
+
 def weights_fingerprint(folder: Path) -> str:
     """Hash of a model folder's config and weight files, by content."""
     digest = hashlib.sha256()

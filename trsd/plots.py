@@ -14,10 +14,14 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(width, height), dpi=150, layout="constrained")
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -54,3 +58,58 @@ def plot_loss(steps: Sequence[int], terms: dict[str, Sequence[float]], path: Pat
         axes.set_yscale("log")
     axes.legend(frameon=False, fontsize=8)
     _save(figure, path)
+
+
+def plot_sweep(points: Sequence[dict[str, Any]], summary: dict[str, Any], path: Path) -> None:
+    """Accuracy against the fraction kept, what it costs relative to the whole, and the loss of every run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (curve, cost, loss) = plt.subplots(1, 3, figsize=(13.0, 4.0), dpi=150, layout="constrained")
+    for axes in (curve, cost, loss):
+        _plain(axes)
+    _plot_fractions(curve, points, summary)
+    lefts = sorted((p for p in points if p["side"] == "left"), key=lambda p: p["fraction"])
+    names = {
+        "tokens_per_step": "tokens",
+        "teraflops_per_step": "operations",
+        "step_seconds": "step time",
+        "peak_memory_gib": "peak memory",
+    }
+    for (name, label), color in zip(names.items(), COLORS, strict=True):
+        values = [p[name] / lefts[-1][name] for p in lefts] if lefts else []
+        cost.plot([p["fraction"] for p in lefts], values, "o-", color=color, ms=4, lw=1.6, label=label)
+    largest = f"{lefts[-1]['fraction']:g}" if lefts else "1"
+    cost.set(xlabel="fraction of each sequence kept", ylabel=f"relative to {largest}", ylim=(0, None))
+    cost.legend(frameon=False, fontsize=8)
+    shades = plt.get_cmap("viridis")
+    for p in lefts:
+        smooth = _moving_mean(p["losses"], max(1, len(p["losses"]) // 20))
+        loss.plot(
+            range(1, len(smooth) + 1), smooth, lw=1.2, color=shades(0.9 * p["fraction"]), label=f"{p['fraction']:g}"
+        )
+    loss.set(xlabel="optimizer step", ylabel="training loss (nats per learnt token)", yscale="log")
+    loss.legend(frameon=False, fontsize=7, title="kept", title_fontsize=7, ncols=2)
+    _save(figure, path)
+
+
+def _plot_fractions(axes: Any, points: Sequence[dict[str, Any]], summary: dict[str, Any]) -> None:
+    """One accuracy curve with its band per side, the knee, and the student before training."""
+    for (side, curve), color in zip(summary["curves"].items(), (COLORS[1], COLORS[2], COLORS[3]), strict=False):
+        rows = sorted((p for p in points if p["side"] == side or p["fraction"] == 1.0), key=lambda p: p["fraction"])
+        shares = [p["fraction"] for p in rows]
+        axes.fill_between(shares, [p["low"] for p in rows], [p["high"] for p in rows], color=color, alpha=0.15, lw=0)
+        label = side if curve["knee"] is None else f"{side}, knee at {curve['knee']:g}"
+        axes.plot(shares, [p["accuracy"] for p in rows], "o-", color=color, ms=5, lw=2, label=label)
+        if curve["knee"] is not None:
+            axes.axvline(curve["knee"], color=color, lw=1, ls="--")
+    axes.axhline(summary["before"]["accuracy"], color=COLORS[0], lw=1, ls=":", label="before training")
+    axes.set(xlabel="fraction of each sequence kept", ylabel="accuracy", ylim=(-0.03, 1.03))
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _moving_mean(values: Sequence[float], width: int) -> list[float]:
+    """Mean of each value and the ``width - 1`` before it."""
+    return [sum(values[max(0, i + 1 - width) : i + 1]) / min(width, i + 1) for i in range(len(values))]

@@ -7,7 +7,7 @@ import argparse
 import difflib
 import re
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -46,15 +46,16 @@ class Recipe:
     model_name_or_path: str = "bundled:reasoner"
     """The student: a model folder, a hub name, or a bundled model."""
     teacher_model_name_or_path: str | None = None
-    """The teacher; left out, a frozen copy of the student."""
+    """The teacher; left out, a frozen copy of the student (lsp wants a larger one)."""
     data: str = "bundled:questions/train.jsonl"
     """Training data: a .jsonl or .parquet file, or a hub data set; data.py tells the columns."""
     eval_data: str | None = None
     """Questions to evaluate on before and after training; left out, there is no evaluation."""
     output_dir: str | None = None
     """Where the run is kept; left out, runs/<recipe>-<time>."""
-    method: Literal["trsd"] = "trsd"
-    """trsd: the student sees a cut trace and matches the teacher's answer distribution given the whole one."""
+    method: Literal["trsd", "lsp", "palign", "sft"] = "trsd"
+    """trsd: the answer's distribution given the whole trace, from a cut one. lsp: a larger teacher's distributions on a
+    part of each trace. palign: the shortest sufficient prefix and the student's own completion. sft: traces as text."""
     max_train_samples: int | None = None
     """Use only so many rows of the training data."""
     max_eval_samples: int | None = None
@@ -67,18 +68,20 @@ class Recipe:
     max_answer_tokens: int = 512
     """Most tokens of an answer, after the thinking is closed."""
     sampling_temperature: float = 0.0
-    """Temperature when the teacher writes traces; 0 is greedy."""
+    """Temperature when the teacher writes traces, or the student completes prefixes; 0 is greedy."""
     sampling_top_p: float = 1.0
-    """Nucleus mass when the teacher writes traces."""
+    """Nucleus mass when the teacher writes traces, or the student completes prefixes."""
+    sampling_repetition_penalty: float = 1.0
+    """Penalty on tokens written before, when the teacher writes traces or the student completes prefixes."""
     generation_batch_size: int = 128
     """Sequences decoded together."""
     close_unfinished: bool = False
     """Close thinking that has no close tag (limit reached, or EOS) with the closer, instead of dropping the trace."""
     filter: Literal["none", "correct_only"] = "none"
-    """Which traces to learn from."""
+    """Which traces, and which completions of palign, to learn from."""
 
-    cut: Literal["uniform", "log_uniform", "fractions", "budgets"] = "uniform"
-    """Where traces are cut, drawn anew every epoch: cuts.py tells each policy."""
+    cut: Literal["uniform", "log_uniform", "fractions", "budgets", "first_derivation", "judged"] = "uniform"
+    """trsd: where the reasoning is cut, drawn anew every epoch: cuts.py tells each policy."""
     cut_fractions: Floats = (0.25, 0.5, 0.75)
     """Shares of the reasoning kept, for cut=fractions."""
     cut_budgets: Ints = (64, 256, 1024)
@@ -90,7 +93,19 @@ class Recipe:
     anchor_share: float = 0.2
     """Share of examples that keep the whole reasoning (f = 1)."""
     thinking_weight: float = 1.0
-    """Weight of cross-entropy on the reasoning shown, which keeps unconstrained behaviour; 0: answers only."""
+    """trsd: weight of cross-entropy on the reasoning shown, which keeps unconstrained behaviour; 0: answers only."""
+    truncation: Literal["fraction", "endpoints", "first_derivation"] = "fraction"
+    """lsp, sft: what is kept of each sequence: a run of tokens, both ends, or all up to the first derivation."""
+    keep_fraction: float | None = None
+    """lsp, sft: share of a sequence's tokens that is kept, more than 0 and at most 1; left out, 0.5 for lsp, else 1."""
+    keep_side: Literal["left", "middle", "right"] = "left"
+    """lsp, sft: which part of the sequence truncation=fraction keeps."""
+    loss_sections: Literal["a", "p+a", "cot", "cot+a", "p+cot", "p+cot+a"] | None = None
+    """Sections that are learnt, of prompt, chain of thought and answer; left out, p+cot+a for lsp, else cot+a."""
+    judge: Literal["self", "answer"] = "self"
+    """Who says that a prefix suffices (palign, cut=judged): the student, when asked, or its answer to the prefix."""
+    completion: Literal["instruct", "close"] = "instruct"
+    """palign: the student is asked to continue from the prefix, or the prefix is closed and it answers."""
     closer: str = "template"
     """What closes a cut trace: template, qwen3_early_stop, anytime, or a text that holds the close tag."""
     open_tag: str = "<think>"
@@ -98,12 +113,15 @@ class Recipe:
     close_tag: str = "</think>"
     """The tag that ends thinking."""
 
-    teacher: Literal["hidden_cache", "online"] = "hidden_cache"
-    """hidden_cache: the teacher's final hidden states, computed once; online: the teacher runs at every step."""
+    teacher: Literal["hidden_cache", "top_k_cache", "online"] = "hidden_cache"
+    """hidden_cache: the teacher's final hidden states, kept on disk; top_k_cache: its most probable tokens and the mass
+    of the rest, kept on disk; online: the teacher runs at every step."""
+    teacher_top_k: int = 64
+    """Tokens a row of teacher=top_k_cache."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """Divergence between the teacher's and the student's answer distributions."""
-    alpha: float = 1.0
-    """Share of the divergence in the loss; the rest is cross-entropy on the trace's answer."""
+    alpha: float | None = None
+    """Share of the divergence in the loss, the rest is cross-entropy; left out, 1 for trsd, 0.5 for lsp, else 0."""
     beta: float = 0.5
     """Weight of the teacher in the jsd mixture; 0 is forward and 1 reverse KL."""
     temperature: float = 1.0
@@ -152,7 +170,7 @@ class Recipe:
     def problems(self) -> list[str]:
         """What is wrong with these values, each as ``field: what to do``; empty when all is well."""
         found = []
-        for name in ("anchor_share", "alpha", "beta", "warmup_ratio", "sampling_top_p"):
+        for name in ("anchor_share", "beta", "warmup_ratio", "sampling_top_p"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 found.append(f"{name}: expected 0 to 1, got {getattr(self, name)}")
         for name in (
@@ -168,6 +186,7 @@ class Recipe:
             "max_train_samples",
             "max_eval_samples",
             "loss_chunk_bytes",
+            "teacher_top_k",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -177,7 +196,13 @@ class Recipe:
                 found.append(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.sampling_top_p == 0:
             found.append("sampling_top_p: expected more than 0, got 0")
-        for name in ("temperature", "learning_rate", "max_grad_norm", "num_train_epochs"):
+        for name in (
+            "temperature",
+            "learning_rate",
+            "max_grad_norm",
+            "num_train_epochs",
+            "sampling_repetition_penalty",
+        ):
             if not 0.0 < getattr(self, name) < float("inf"):
                 found.append(f"{name}: expected a positive number, got {getattr(self, name)}")
         if self.max_tokens_per_batch < self.max_length:
@@ -192,7 +217,56 @@ class Recipe:
         found += [f"eval_budgets: {error}" for error in budget_problems(self.eval_budgets)]
         if self.resume_from_checkpoint and not self.output_dir:
             found.append("resume_from_checkpoint: say which run with output_dir")
-        return found
+        return found + method_problems(self)
+
+
+# What a method makes of a field that is left out.
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "trsd": {"alpha": 1.0},
+    "lsp": {"alpha": 0.5, "keep_fraction": 0.5, "loss_sections": "p+cot+a"},
+    "palign": {"alpha": 0.0},
+    "sft": {"alpha": 0.0, "keep_fraction": 1.0, "loss_sections": "cot+a"},
+}
+# Fields that only some methods read, and those methods.
+METHOD_FIELDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("cut", "cut_fractions", "cut_budgets", "snap_to_sentence"), ("trsd",)),
+    **dict.fromkeys(("branches_per_trace", "anchor_share", "thinking_weight"), ("trsd",)),
+    **dict.fromkeys(("truncation", "keep_fraction", "keep_side", "loss_sections"), ("lsp", "sft")),
+    **dict.fromkeys(("divergence", "beta", "temperature", "teacher", "teacher_top_k"), ("trsd", "lsp")),
+    "judge": ("palign", "trsd"),
+    "completion": ("palign",),
+}
+
+
+def with_method_defaults(recipe: Recipe) -> Recipe:
+    """``recipe`` with what its method says to fields that were left out."""
+    defaults = METHOD_DEFAULTS[recipe.method].items()
+    return replace(recipe, **{name: value for name, value in defaults if getattr(recipe, name) is None})
+
+
+def method_problems(recipe: Recipe) -> list[str]:
+    """What is wrong with the fields that one method has and another has not."""
+    found, method = [], recipe.method
+    recipe = with_method_defaults(recipe)
+    for entry in fields(Recipe):
+        methods = METHOD_FIELDS.get(entry.name, (method,))
+        if method not in methods and getattr(recipe, entry.name) != entry.default:
+            found.append(f"{entry.name}: method {method} does not read it ({' and '.join(methods)} do): leave it out")
+    if not 0.0 <= recipe.alpha <= 1.0:
+        found.append(f"alpha: expected 0 to 1, got {recipe.alpha}")
+    if method in ("sft", "palign") and recipe.alpha != 0:
+        found.append(f"alpha: method {method} learns text without a teacher, expected 0, got {recipe.alpha}")
+    if method in ("lsp", "sft") and not 0.0 < recipe.keep_fraction <= 1.0:
+        found.append(f"keep_fraction: expected more than 0 and at most 1, got {recipe.keep_fraction}")
+    if method == "lsp" and recipe.alpha > 0 and not recipe.teacher_model_name_or_path:
+        found.append(
+            "teacher_model_name_or_path: lsp learns from a larger teacher: name one, or use method sft for text alone"
+        )
+    if recipe.truncation == "endpoints" and recipe.keep_side != "left":
+        found.append(f"keep_side: truncation endpoints keeps both ends, leave out {recipe.keep_side!r}")
+    if recipe.truncation == "first_derivation" and (recipe.keep_side != "left" or recipe.keep_fraction not in (0.5, 1)):
+        found.append("keep_fraction, keep_side: truncation first_derivation decides by itself: leave them out")
+    return found
 
 
 def budget_problems(budgets: tuple[str, ...]) -> list[str]:
@@ -243,8 +317,10 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_recipe(path: Path) -> Recipe:
-    """The recipe of a YAML file over the defaults; exits with code 2 when it is wrong."""
+def _yaml_values(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The ``key: value`` lines of a recipe over those of the recipe it names as ``base``."""
+    if path.resolve() in seen:
+        fail(f"{path}: base: these recipes build on each other in a circle")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys) or {}
     except OSError as error:
@@ -253,6 +329,16 @@ def load_recipe(path: Path) -> Recipe:
         fail(f"{path} is not YAML: {error}")
     if not isinstance(values, dict):
         fail(f"{path}: expected `key: value` lines, got {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    beside = path.parent / str(base)
+    return _yaml_values(beside if beside.is_file() else resolve_config(str(base)), (*seen, path.resolve())) | values
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe of a YAML file over its ``base`` and the defaults; exits with code 2 when it is wrong."""
+    values = _yaml_values(path)
     try:
         return tyro.cli(Recipe, args=_as_flags(values, path), prog=str(path), use_underscores=True, config=_TYRO_CONFIG)
     except SystemExit:
@@ -271,12 +357,12 @@ def parse_recipe(argv: list[str] | None = None) -> tuple[Recipe, str, bool]:
     own, rest = parser.parse_known_args(argv)
     base, name = Recipe(), "run"
     if own.config or not _names_a_job(rest):
-        path = resolve_config(own.config or DEMO)
+        path = resolve_config(own.config or _demo_of(rest))
         base, name = load_recipe(path), path.stem
     description = (
         "Distil a reasoning model from partial chains of thought.\n\n"
         f"--config RECIPE   a YAML file or a shipped recipe ({', '.join(shipped_recipes())}) that the flags override;\n"
-        "                  left out: the demo, or the plain defaults when a flag names a model or data\n"
+        "                  left out: the demo of the method, or the plain defaults when a flag names a model or data\n"
         "--dry_run         print the resolved recipe and stop"
     )
     recipe = tyro.cli(
@@ -290,13 +376,21 @@ def parse_recipe(argv: list[str] | None = None) -> tuple[Recipe, str, bool]:
     )
     if found := recipe.problems():
         fail("\n       ".join(found))
-    return recipe, name, own.dry_run
+    return with_method_defaults(recipe), name, own.dry_run
 
 
 def _names_a_job(words: list[str]) -> bool:
     """Whether flags bring a model or data of their own, for which the demo's limits would be wrong."""
     names = {word.split("=")[0].replace("-", "_") for word in words}
     return bool(names & {"__model_name_or_path", "__data"})
+
+
+def _demo_of(words: list[str]) -> str:
+    """The demo of the method that flags name."""
+    spelled = [word for pair in words for word in pair.split("=", 1)]
+    method = spelled[spelled.index("--method") + 1 :][:1] if "--method" in spelled else []
+    name = f"{DEMO}-{method[0]}" if method else DEMO
+    return name if name in shipped_recipes() else DEMO
 
 
 def shipped_recipes() -> list[str]:

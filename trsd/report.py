@@ -21,6 +21,19 @@ LOSS_TERMS = {
     "cross_entropy": "answers: cross-entropy",
     "thinking_cross_entropy": "reasoning shown: cross-entropy",
 }
+CARDS = {
+    "trsd": """\
+Trained to answer well after any amount of thinking. To stop the thinking at a budget, append this closer, the one it
+was trained with, and let the model answer:""",
+    "lsp": """\
+Trained on a part of each sequence, by a larger model's distributions. It may have seen few ends: watch how often it
+stops by itself, and close its thinking where it does not with:""",
+    "palign": """\
+Trained on the shortest prefixes of longer reasoning that it found sufficient, and on its own completions of them. What
+closes its thinking:""",
+    "sft": """\
+Trained on traces as text. What closes its thinking where it is cut:""",
+}
 STYLE = """
 body{font:16px/1.55 system-ui,sans-serif;color:#1f2937;max-width:60rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}
@@ -63,8 +76,7 @@ tags: [trsd, reasoning, distillation]
 ---
 # {recipe.model_name_or_path} after {step} steps of {recipe.method.upper()}
 
-Trained to answer well after any amount of thinking. To stop the thinking at a budget, append this closer, the one it
-was trained with, and let the model answer:
+{CARDS[recipe.method]}
 
 ```
 {closer!r}

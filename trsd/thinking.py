@@ -27,6 +27,9 @@ CLOSERS = {
     # AnytimeReasoner (arXiv 2505.13438).
     "anytime": "...\n\n...\n\n{close}\n\n**Final Answer**\n",
 }
+# Openers that P-ALIGN's released outputs (arXiv 2601.10064) write otherwise than "<think>\n" ... "\n</think>\n\n":
+# the text of the opener, and the close.
+DRAFT_LAYOUTS = {"<Begin_of_Draft>": ("<Begin_of_Draft>", "{close}\n")}
 
 
 def encode_exactly(tokenizer: Any, text: str, *, what: str) -> list[int]:
@@ -57,13 +60,13 @@ class ThinkFormat:
         cls, tokenizer: Any, *, closer: str = "template", open_tag: str = "<think>", close_tag: str = "</think>"
     ) -> "ThinkFormat":
         """The format of ``tokenizer``; ``closer`` is a preset's name or a text that holds the close tag."""
-        text = CLOSERS.get(closer, closer).replace("{close}", close_tag)
+        natural = _layout(open_tag)[1].replace("{close}", close_tag)
+        text = natural if closer == "template" else CLOSERS.get(closer, closer).replace("{close}", close_tag)
         if close_tag not in text:
             raise InputError(
                 f"closer {text!r} does not hold {close_tag!r}, so thinking would never end: add it, or use one of the "
                 f"presets {', '.join(CLOSERS)}"
             )
-        natural = CLOSERS["template"].replace("{close}", close_tag)
         return cls(
             open_tag=open_tag,
             close_tag=close_tag,
@@ -73,12 +76,23 @@ class ThinkFormat:
         )
 
     def prompt_ids(self, tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-        """Chat messages as token ids that end with the opener, which is added when the template leaves it out."""
-        if tokenizer.chat_template is None:
-            raise InputError("the tokenizer has no chat template: use an instruction-tuned model, or set one on it")
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=True, tokenize=False)
+        """Chat messages as token ids that end with the opener, which is added when the template leaves it out.
+
+        A template that does not know the opener is rendered without its own thinking, which would stand before ours.
+        """
+        text = _render(tokenizer, messages, enable_thinking=self.open_tag in str(tokenizer.chat_template))
         if not text.rstrip().endswith(self.open_tag):
-            text += f"{self.open_tag}\n"
+            text += _layout(self.open_tag)[0]
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    def direct_prompt_ids(self, tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+        """Chat messages as token ids after which the model answers at once, in the template's non-thinking mode.
+
+        A template that opens the thinking all the same has it closed, with nothing thought.
+        """
+        text = _render(tokenizer, messages, enable_thinking=False)
+        if text.rstrip().endswith(self.open_tag):
+            text += _layout(self.open_tag)[1].replace("{close}", self.close_tag)
         return tokenizer(text, add_special_tokens=False).input_ids
 
     def split(self, ids: Sequence[int], texts: Sequence[str]) -> tuple[list[int], list[int], list[int]] | None:
@@ -96,6 +110,19 @@ class ThinkFormat:
         while last < len(ids) and texts[ids[last]].isspace():
             last += 1
         return list(ids[:first]), list(ids[first:last]), list(ids[last:])
+
+
+def _layout(open_tag: str) -> tuple[str, str]:
+    """(opener, close) as they are written, the close with ``{close}`` for the tag."""
+    return DRAFT_LAYOUTS.get(open_tag, (f"{open_tag}\n", CLOSERS["template"]))
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], *, enable_thinking: bool) -> str:
+    if tokenizer.chat_template is None:
+        raise InputError("the tokenizer has no chat template: use an instruction-tuned model, or set one on it")
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, enable_thinking=enable_thinking, tokenize=False
+    )
 
 
 def token_texts(tokenizer: Any, vocab_size: int) -> list[str]:

@@ -5,193 +5,33 @@ teacher targets, the loop, the trained student's curve, report. Without argument
 a run makes is in its ``output_dir``: traces/, teacher/, eval/, metrics.jsonl, checkpoint-<step>/, report.html.
 """
 
-import gc
 import json
-import math
 import resource
 import sys
 import time
-from contextlib import AbstractContextManager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from trsd.batching import PackedBatch, TraceStream, pack_examples
+from trsd.batching import Example
 from trsd.checkpoint import load_state, save_checkpoint
-from trsd.cuts import build_policy
 from trsd.data import describe_drops, load_data
-from trsd.decoding import Decoder, Sampling
 from trsd.errors import InputError
 from trsd.evaluate import evaluate, graded_questions, table
 from trsd.files import write_json
-from trsd.generate import generate_traces, select_traces
-from trsd.guards import NonFiniteError, clip_gradients
-from trsd.methods.trsd import TRSD
+from trsd.guards import NonFiniteError
+from trsd.job import Job
+from trsd.loop import Loop
+from trsd.methods import Method
 from trsd.metrics import MetricsLog, progress_bar, say, step_line
-from trsd.models import (
-    load_model,
-    load_tokenizer,
-    logit_options,
-    model_folder,
-    packed_attention_backend,
-    packed_hidden_states,
-    quieten_transformers,
-    tokenizer_fingerprint,
-    weights_fingerprint,
-)
-from trsd.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from trsd.models import quieten_transformers
+from trsd.prepare import build_method, prepare_teacher, prepare_traces
 from trsd.recipe import Recipe, fail, parse_recipe, recipe_as_yaml
 from trsd.report import model_card, summary, write_report
 from trsd.run import discard_unbegun, open_run
-from trsd.teachers import HiddenCache, OnlineTeacher, Teacher, build_cache, cache_fingerprint
-from trsd.thinking import ThinkFormat, sentence_ends, token_texts
-from trsd.traces import Trace, read_traces, write_traces
-from trsd_kernels import FusedLinearDistillation, fill_rate
-
-
-class Job:
-    """What every stage of a run shares: recipe, folder, tokenizer, think format, device and precision."""
-
-    def __init__(self, recipe: Recipe, output_dir: Path) -> None:
-        self.recipe = recipe
-        self.output_dir = output_dir
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.bf16 = self.device == "cuda" if recipe.bf16 is None else recipe.bf16
-        self.student_folder = model_folder(recipe.model_name_or_path)
-        teacher = recipe.teacher_model_name_or_path
-        self.teacher_folder = model_folder(teacher) if teacher else self.student_folder
-        self.tokenizer = load_tokenizer(self.student_folder, trust_remote_code=recipe.trust_remote_code)
-        if teacher:
-            self._check_teacher_tokenizer()
-        self.think = ThinkFormat.of(
-            self.tokenizer, closer=recipe.closer, open_tag=recipe.open_tag, close_tag=recipe.close_tag
-        )
-
-    def _check_teacher_tokenizer(self) -> None:
-        teacher = load_tokenizer(self.teacher_folder, trust_remote_code=self.recipe.trust_remote_code)
-        if tokenizer_fingerprint(teacher) != tokenizer_fingerprint(self.tokenizer):
-            raise InputError(
-                f"teacher {self.teacher_folder} and student {self.student_folder} have different tokenizers: their "
-                "distributions are over different tokens; choose models of one family"
-            )
-
-    def student(self, folder: Path) -> PreTrainedModel:
-        """A trainable model: fp32 weights, computed in bf16 under autocast where that is on."""
-        model = self._load(folder, torch.float32)
-        if self.recipe.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model
-
-    def teacher(self) -> PreTrainedModel:
-        """The teacher, in the precision it is only read in."""
-        return self._load(self.teacher_folder, torch.bfloat16 if self.bf16 else torch.float32)
-
-    def _load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-        return load_model(folder, dtype=dtype, device=self.device, trust_remote_code=self.recipe.trust_remote_code)
-
-    def teacher_config(self) -> Any:
-        """The teacher's config, without its weights."""
-        return AutoConfig.from_pretrained(self.teacher_folder, trust_remote_code=self.recipe.trust_remote_code)
-
-    def attention_backend(self, model: PreTrainedModel, *, branches: bool) -> str:
-        """The attention back end of the recipe for rows of ``model``."""
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        return packed_attention_backend(
-            model.config,
-            self.recipe.attn_implementation,
-            device=self.device,
-            dtype=dtype,
-            branches=branches,
-            max_length=self.recipe.max_length,
-        )
-
-    def online_teacher(self, traces: list[Trace]) -> OnlineTeacher:
-        """A teacher that runs ``traces`` when asked."""
-        model = self.teacher()
-        backend = self.attention_backend(model, branches=False)
-        max_tokens = self.recipe.max_tokens_per_batch
-        return OnlineTeacher(model, traces, max_tokens_per_batch=max_tokens, backend=backend)
-
-    def compute(self) -> AbstractContextManager[Any]:
-        """The precision of forward passes."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
-
-    def decoder(self, model: PreTrainedModel, what: str, sampling: Sampling | None = None) -> Decoder:
-        """A decoder of ``model`` with this run's think format."""
-        size = self.recipe.generation_batch_size
-        return Decoder(
-            model, self.tokenizer, self.think, batch_size=size, sampling=sampling, progress=progress_bar(what)
-        )
-
-
-def prepare_traces(job: Job) -> list[Trace]:
-    """The run's traces, read from its trace file, which is written first when it is not there yet."""
-    path, recipe = job.output_dir / "traces" / "train.jsonl", job.recipe
-    if not path.exists():
-        start = time.perf_counter()
-        loaded = load_data(recipe.data, tokenizer=job.tokenizer, think=job.think, max_rows=recipe.max_train_samples)
-        traces, dropped = loaded.traces, loaded.dropped
-        if loaded.questions:
-            sampling = Sampling(temperature=recipe.sampling_temperature, top_p=recipe.sampling_top_p, seed=recipe.seed)
-            with job.compute():
-                traces, unusable = generate_traces(
-                    job.decoder(job.teacher(), "traces", sampling),
-                    loaded.questions,
-                    max_thinking_tokens=recipe.max_thinking_tokens,
-                    max_answer_tokens=recipe.max_answer_tokens,
-                    close_unfinished=recipe.close_unfinished,
-                )
-            dropped += unusable
-        closer_length = len(job.think.closer_ids)
-        traces, unwanted = select_traces(
-            traces, keep=recipe.filter, max_length=recipe.max_length, closer_length=closer_length
-        )
-        dropped += unwanted
-        if not traces:
-            raise InputError(f"{recipe.data}: no trace is left to learn from; dropped: {describe_drops(dropped)}")
-        write_json(path.parent / "dropped.json", dropped)
-        write_traces(path, traces)
-        how = "generated" if loaded.questions else "read"
-        print(f"traces: {len(traces)} {how} in {time.perf_counter() - start:.0f} s", flush=True)
-    traces = read_traces(path, tokenizer_fingerprint=tokenizer_fingerprint(job.tokenizer))
-    dropped = json.loads((path.parent / "dropped.json").read_text())
-    lengths = sorted(len(trace.reasoning_ids) for trace in traces)
-    print(f"        reasoning tokens: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}")
-    if sum(dropped.values()) > len(traces):
-        print("warning: more traces were dropped than kept; see the reasons below", file=sys.stderr)
-    print("        dropped: " + (", ".join(f"{count} x {reason}" for reason, count in dropped.items()) or "none"))
-    return traces
-
-
-def prepare_teacher(job: Job, traces: list[Trace]) -> Teacher | None:
-    """Teacher targets as the recipe wants them; a cache is built when it is missing and refused when it is stale."""
-    if job.recipe.alpha == 0:
-        return None
-    if job.recipe.teacher == "online":
-        return job.online_teacher(traces)
-    folder, dtype = job.output_dir / "teacher", torch.bfloat16 if job.bf16 else torch.float32
-    fingerprint = cache_fingerprint(
-        teacher_weights=weights_fingerprint(job.teacher_folder),
-        tokenizer=tokenizer_fingerprint(job.tokenizer),
-        closer=job.think.closer,
-        dtype=dtype,
-        traces=traces,
-    )
-    if not folder.exists():
-        start = time.perf_counter()
-        teacher = job.online_teacher(traces)
-        build_cache(folder, teacher, fingerprint=fingerprint, dtype=dtype, progress=progress_bar("teacher"))
-        del teacher
-        gc.collect()
-        size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
-        print(
-            f"teacher targets: {size:.1f} MiB (hidden states, and the lm_head) in {time.perf_counter() - start:.0f} s",
-            flush=True,
-        )
-    return HiddenCache(folder, traces, fingerprint=fingerprint, device=job.device)
 
 
 def evaluate_student(
@@ -221,117 +61,24 @@ def evaluate_student(
     return result
 
 
-def print_example(job: Job, method: TRSD, members: list[tuple[int, int]]) -> None:
+def print_example(job: Job, method: Method, members: list[tuple[int, int]]) -> None:
     """Show what the student sees of a cut trace and what it learns, once."""
-    cut = [(epoch, i) for epoch, i in members if min(method.cuts(epoch, i)) < len(method.traces[i].reasoning_ids)]
-    example = method.examples((cut or members)[:1])[-1]
-    end = min(example.branches, key=lambda branch: branch.cut, default=example)
-    ids = [*example.input_ids[: end.cut], *end.input_ids] if example.branches else example.input_ids
-    seen = job.tokenizer.decode(ids[: len(ids) - len(end.labels) + 1])
-    learnt = job.tokenizer.decode(end.labels)
-    print(f"one example, what is learnt in [[ ]]:\n{seen}[[{learnt}]]\n", flush=True)
+    examples = method.examples(members)
+    cut = [e for e in examples if e.branches or len(e.input_ids) + 1 < method.traces[e.trace_index].num_tokens]
+    print(f"one example, what is learnt in [[ ]]:\n{marked_text((cut or examples)[0], job.tokenizer)}\n", flush=True)
 
 
-class Loop:
-    """Optimizer steps over packed batches, each normalised by the step's own count of supervised tokens."""
-
-    def __init__(self, job: Job, model: PreTrainedModel, teacher: Teacher | None, traces: list[Trace]) -> None:
-        recipe = job.recipe
-        self.job, self.model, self.teacher = job, model, teacher
-        policy = build_policy(
-            recipe.cut,
-            cut_fractions=recipe.cut_fractions,
-            cut_budgets=recipe.cut_budgets,
-            anchor=recipe.anchor_share,
-        )
-        texts = token_texts(job.tokenizer, model.config.get_text_config().vocab_size)
-        ends = sentence_ends(texts) if recipe.snap_to_sentence else None
-        self.method = TRSD(
-            traces,
-            job.think,
-            policy,
-            seed=recipe.seed,
-            branches_per_trace=recipe.branches_per_trace,
-            max_tokens=recipe.max_tokens_per_batch,
-            sentence_end=ends,
-            keep_thinking=recipe.thinking_weight > 0,
-        )
-        self.stream = TraceStream(len(traces), batch_size=recipe.train_batch_size, seed=recipe.seed)
-        self.num_steps = recipe.max_steps or math.ceil(recipe.num_train_epochs * len(traces) / recipe.train_batch_size)
-        self.optimizer = build_optimizer(model, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay)
-        student_logits = logit_options(model.config, "student")
-        self.distill = FusedLinearDistillation(
-            alpha=recipe.alpha,
-            divergence=recipe.divergence,
-            beta=recipe.beta,
-            temperature=recipe.temperature,
-            chunk_bytes=recipe.loss_chunk_bytes,
-            **student_logits,
-            **logit_options(job.teacher_config(), "teacher"),
-        )
-        self.keep_thinking = FusedLinearDistillation(alpha=0.0, chunk_bytes=recipe.loss_chunk_bytes, **student_logits)
-        self.backend = job.attention_backend(model, branches=recipe.branches_per_trace > 1)
-        print(f"attention: {self.backend}")
-
-    def step(self, step: int) -> dict[str, float]:
-        """Run optimizer step ``step`` (from 0) and return its metrics."""
-        start = time.perf_counter()
-        recipe = self.job.recipe
-        factor = learning_rate_factor(
-            recipe.lr_scheduler_type, step, num_steps=self.num_steps, warmup_ratio=recipe.warmup_ratio
-        )
-        set_learning_rate(self.optimizer, recipe.learning_rate * factor)
-        examples = self.method.examples(self.stream.step(step))
-        batches = pack_examples(examples, recipe.max_tokens_per_batch, self.job.device)
-        num_items = sum(batch.num_items for batch in batches)
-        self.model.train()
-        num_thinking = sum(batch.num_thinking for batch in batches)
-        totals = sum(self._backward(batch, num_items, num_thinking) for batch in batches)
-        loss, cross_entropy, divergence, thinking = totals.tolist()
-        norm = clip_gradients(self.model.parameters(), recipe.max_grad_norm, step=step + 1, loss=loss)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        seconds = time.perf_counter() - start
-        num_tokens = sum(batch.num_tokens for batch in batches)
-        return {
-            "step": step + 1,
-            "loss": loss,
-            "cross_entropy": cross_entropy,
-            "divergence": divergence,
-            "thinking_cross_entropy": thinking,
-            "grad_norm": norm,
-            "learning_rate": recipe.learning_rate * factor,
-            "step_seconds": seconds,
-            "tokens": num_tokens,
-            "supervised_tokens": num_items,
-            "packed_rows": len(batches),
-            "fill_rate": fill_rate([batch.num_tokens for batch in batches], len(batches), recipe.max_tokens_per_batch),
-            "tokens_per_second": num_tokens / seconds,
-        }
-
-    def _backward(self, batch: PackedBatch, num_items: int, num_thinking: int) -> Tensor:
-        """Add the gradients of one packed row; returns its [loss, cross-entropy, divergence, thinking]."""
-        with self.job.compute():
-            hidden = packed_hidden_states(self.model, batch.input_ids, batch.layout, backend=self.backend)
-            head, targets = self.model.get_output_embeddings().weight, (None, None)
-            if self.teacher is not None:
-                # One tokenizer, but heads may be padded to different sizes: the tokens are the rows both have.
-                shared = min(head.shape[0], self.teacher.lm_head_weight.shape[0])
-                head = head[:shared]
-                targets = self.teacher.hidden_states(batch.trace_indices), self.teacher.lm_head_weight[:shared]
-            out = self.distill(
-                *(hidden[batch.rows], head, *targets, batch.labels),
-                token_weights=batch.weights,
-                num_items_in_batch=num_items,
-            )
-            thinking = self.keep_thinking(
-                *(hidden[batch.thinking_rows], head, None, None, batch.thinking_labels),
-                token_weights=batch.thinking_weights,
-                num_items_in_batch=num_thinking,
-            ).loss
-            loss = out.loss + self.job.recipe.thinking_weight * thinking
-        loss.backward()
-        return torch.stack([loss.detach(), out.cross_entropy, out.divergence, thinking.detach()])
+def marked_text(example: Example, tokenizer: Any) -> str:
+    """An example's sequence, of several the one cut first, with the labels' tokens in double brackets."""
+    ids, labels, rows = example.input_ids, example.labels, example.rows
+    if example.branches:
+        branch = min(example.branches, key=lambda branch: branch.cut)
+        ids, labels, rows = [*ids[: branch.cut], *branch.input_ids], branch.labels, None
+    places = [len(ids) - len(labels) + 1 + i for i in range(len(labels))] if rows is None else [r + 1 for r in rows]
+    learnt, tokens = set(places), [*ids, labels[-1]]
+    runs = groupby(range(max(places) + 1), key=learnt.__contains__)
+    texts = [(inside, tokenizer.decode([tokens[place] for place in run])) for inside, run in runs]
+    return "".join(f"[[{text}]]" if inside else text for inside, text in texts)
 
 
 def train(job: Job, loop: Loop, resume_from: Path | None) -> Path:
@@ -371,15 +118,16 @@ def run(recipe: Recipe, name: str = "run") -> Path:
     start = time.perf_counter()
     try:
         job = Job(recipe, output_dir)
-        traces = prepare_traces(job)
+        method = build_method(job, prepare_traces(job))
     except (InputError, OSError, ImportError):
         discard_unbegun(output_dir)
         raise
-    teacher = prepare_teacher(job, traces)
-    model = job.student(resume_from or job.student_folder)
+    teacher = prepare_teacher(job, method)
+    model = job.student(resume_from)
     before = evaluate_student(job, model, "before")
-    loop = Loop(job, model, teacher, traces)
-    print_example(job, loop.method, loop.stream.step(0))
+    loop = Loop(job, model, teacher, method)
+    print(f"attention: {loop.backend}")
+    print_example(job, method, loop.stream.step(0))
     checkpoint = train(job, loop, resume_from)
     after = evaluate_student(job, model, "after", before and before["percent_of"])
     seconds = time.perf_counter() - start

@@ -208,17 +208,25 @@ def draw_problems(split: str, *, seed: int) -> Iterator[Problem]:
             yield problem
 
 
+def _as_row(problem: Problem, *, solution: bool) -> dict[str, str]:
+    if not solution:
+        return {"question": problem.question, "answer": problem.answer}
+    told = {"reasoning": problem.reasoning, "answer": problem.response, "gold": problem.answer}
+    return {"prompt": problem.question, **told}
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Print problems as jsonl rows with ``question`` and ``answer``."""
+    """Print problems as jsonl rows with ``question`` and ``answer``, or as worked solutions to learn from."""
     parser = argparse.ArgumentParser(prog="python -m trsd.demo.problems", description=main.__doc__)
     parser.add_argument("--split", choices=SPLITS, default="evaluation")
     parser.add_argument("--num_problems", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--solutions", action="store_true", help="rows of prompt, reasoning, answer and gold")
     parser.add_argument("--output", type=Path, help="a file to write instead of standard output")
     args = parser.parse_args(argv)
     problems = draw_problems(args.split, seed=args.seed)
     rows = [next(problems) for _ in range(args.num_problems)]
-    text = "".join(json.dumps({"question": row.question, "answer": row.answer}) + "\n" for row in rows)
+    text = "".join(json.dumps(_as_row(row, solution=args.solutions)) + "\n" for row in rows)
     if args.output:
         args.output.write_text(text)
     else:

@@ -118,11 +118,15 @@ class TRSD:
         trace = self.traces[trace_index]
         length = len(trace.reasoning_ids)
         draws = cut_generator(self.seed, epoch, trace.id)
-        cuts = [self.policy(length, draws) for _ in range(self.branches_per_trace)]
+        cuts = [self.policy(trace, draws) for _ in range(self.branches_per_trace)]
         if self.sentence_end is None or min(cuts) == length:
             return cuts
         ends = [i + 1 for i, token in enumerate(trace.reasoning_ids) if self.sentence_end[token]]
         return [cut if cut == length else snap(cut, ends) for cut in cuts]
+
+    def teacher_example(self, trace_index: int) -> Example:
+        """What the teacher sees of the trace: all of it."""
+        return full_example(self.traces[trace_index], trace_index)
 
     def examples(self, members: Sequence[tuple[int, int]]) -> list[Example]:
         """The examples of (epoch, trace index) pairs."""

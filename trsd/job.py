@@ -1,0 +1,108 @@
+"""What every stage of a run shares: recipe, folder, tokenizer, think format, models, device and precision."""
+
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from trsd.decoding import Decoder, Sampling
+from trsd.metrics import progress_bar
+from trsd.models import check_same_tokenizer, load_model, load_tokenizer, model_folder, packed_attention_backend
+from trsd.recipe import Recipe
+from trsd.thinking import ThinkFormat, token_texts
+
+
+class Job:
+    """Models and settings of one run."""
+
+    def __init__(self, recipe: Recipe, output_dir: Path) -> None:
+        self.recipe = recipe
+        self.output_dir = output_dir
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.bf16 = self.device == "cuda" if recipe.bf16 is None else recipe.bf16
+        self.student_folder = model_folder(recipe.model_name_or_path)
+        teacher = recipe.teacher_model_name_or_path
+        self.teacher_folder = model_folder(teacher) if teacher else self.student_folder
+        self.tokenizer = load_tokenizer(self.student_folder, trust_remote_code=recipe.trust_remote_code)
+        if teacher:
+            other = load_tokenizer(self.teacher_folder, trust_remote_code=recipe.trust_remote_code)
+            check_same_tokenizer(self.tokenizer, other, student=self.student_folder, teacher=self.teacher_folder)
+        self.think = ThinkFormat.of(
+            self.tokenizer, closer=recipe.closer, open_tag=recipe.open_tag, close_tag=recipe.close_tag
+        )
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Rows that both heads have; one may be padded further than the other."""
+        return min(self._config(folder).get_text_config().vocab_size for folder in self._folders)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The text of every token id of the larger vocabulary."""
+        size = max(self._config(folder).get_text_config().vocab_size for folder in self._folders)
+        return token_texts(self.tokenizer, size)
+
+    @property
+    def _folders(self) -> tuple[Path, Path]:
+        return self.student_folder, self.teacher_folder
+
+    def student(self, folder: Path | None = None) -> PreTrainedModel:
+        """A trainable model: fp32 weights, computed in bf16 under autocast where that is on."""
+        model = self._load(folder or self.student_folder, torch.float32)
+        if self.recipe.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+    def teacher(self) -> PreTrainedModel:
+        """The teacher, in the precision it is only read in."""
+        return self.reader(self.teacher_folder)
+
+    def reader(self, folder: Path) -> PreTrainedModel:
+        """A model that is only read."""
+        return self._load(folder, torch.bfloat16 if self.bf16 else torch.float32)
+
+    def _load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+        return load_model(folder, dtype=dtype, device=self.device, trust_remote_code=self.recipe.trust_remote_code)
+
+    def teacher_config(self) -> Any:
+        """The teacher's config, without its weights."""
+        return self._config(self.teacher_folder)
+
+    def _config(self, folder: Path) -> Any:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=self.recipe.trust_remote_code)
+
+    def attention_backend(self, model: PreTrainedModel, *, branches: bool) -> str:
+        """The attention back end of the recipe for rows of ``model``."""
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        return packed_attention_backend(
+            model.config,
+            self.recipe.attn_implementation,
+            device=self.device,
+            dtype=dtype,
+            branches=branches,
+            max_length=self.recipe.max_length,
+        )
+
+    def compute(self) -> AbstractContextManager[Any]:
+        """The precision of forward passes."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
+
+    def decoder(self, model: PreTrainedModel, what: str, sampling: Sampling | None = None) -> Decoder:
+        """A decoder of ``model`` with this run's think format."""
+        size = self.recipe.generation_batch_size
+        return Decoder(
+            model, self.tokenizer, self.think, batch_size=size, sampling=sampling, progress=progress_bar(what)
+        )
+
+    def sampling(self) -> Sampling:
+        """How traces and completions are drawn."""
+        recipe = self.recipe
+        return Sampling(
+            temperature=recipe.sampling_temperature,
+            top_p=recipe.sampling_top_p,
+            repetition_penalty=recipe.sampling_repetition_penalty,
+            seed=recipe.seed,
+        )

@@ -1,0 +1,245 @@
+"""What a run learns from: traces read or generated, selected, made into what the method needs; and teacher targets.
+
+Everything lands in the run's folder and is made once: ``traces/train.jsonl`` (for palign made from ``given.jsonl``,
+with the judge's verdicts in ``judgements.jsonl``) and ``teacher/``.
+"""
+
+import gc
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from trsd.batching import Example
+from trsd.cuts import build_policy
+from trsd.data import describe_drops, load_data
+from trsd.errors import InputError
+from trsd.files import write_json
+from trsd.generate import generate_traces, select_traces
+from trsd.job import Job
+from trsd.judging import AnswerJudge, Judge, Ledger, Prefix, SelfJudge, find_prefixes, summarize_prefixes
+from trsd.methods import Method
+from trsd.methods.lsp import LSP, learnable
+from trsd.methods.palign import complete_prefixes
+from trsd.methods.trsd import TRSD
+from trsd.metrics import progress_bar
+from trsd.models import logit_options, tokenizer_fingerprint, weights_fingerprint
+from trsd.sentences import sentence_token_ends
+from trsd.teachers import (
+    HiddenCache,
+    OnlineTeacher,
+    Teacher,
+    TopKCache,
+    build_hidden_cache,
+    build_top_k_cache,
+    cache_fingerprint,
+)
+from trsd.thinking import sentence_ends
+from trsd.traces import Trace, read_traces, write_traces
+from trsd.truncation import Truncation, build_truncation
+
+
+def prepare_traces(job: Job) -> list[Trace]:
+    """The run's traces, read from its trace file, which is written first when it is not there yet."""
+    folder = job.output_dir / "traces"
+    if job.recipe.method == "palign":
+        given = _stored(job, folder / "given.jsonl", folder / "given.dropped.json", lambda: _given_traces(job))
+        _describe(given, json.loads((folder / "given.dropped.json").read_text()), what="to complete")
+        return _reported(job, folder, lambda: _completed(job, given))
+    return _reported(job, folder, lambda: _learnable(job, *_given_traces(job)))
+
+
+def share_traces(job: Job, folder: Path) -> Path:
+    """The recipe's traces as a file that several runs can take as their data; made when it is not there yet."""
+    path = folder / "traces.jsonl"
+    _stored(job, path, folder / "dropped.json", lambda: _given_traces(job))
+    return path
+
+
+def _reported(job: Job, folder: Path, make: Callable[[], tuple[list[Trace], Counter[str]]]) -> list[Trace]:
+    traces = _stored(job, folder / "train.jsonl", folder / "dropped.json", make)
+    _describe(traces, json.loads((folder / "dropped.json").read_text()))
+    return traces
+
+
+def _stored(job: Job, path: Path, drops: Path, make: Callable[[], tuple[list[Trace], Counter[str]]]) -> list[Trace]:
+    """The traces of ``path``, which are made and written, with why others were dropped, when it is not there yet."""
+    if not path.exists():
+        traces, dropped = make()
+        if not traces:
+            raise InputError(
+                f"{job.recipe.data}: no trace is left to learn from; dropped: {describe_drops(dropped) or 'none'}"
+            )
+        write_json(drops, dropped)
+        write_traces(path, traces)
+    return read_traces(path, tokenizer_fingerprint=tokenizer_fingerprint(job.tokenizer))
+
+
+def _describe(traces: Sequence[Trace], dropped: dict[str, int], what: str = "") -> None:
+    lengths = sorted(len(trace.reasoning_ids) for trace in traces)
+    what = f" {what}" if what else ""
+    print(
+        f"        {len(traces)} traces{what}, reasoning tokens: median {lengths[len(lengths) // 2]}, "
+        f"longest {lengths[-1]}"
+    )
+    if sum(dropped.values()) > len(traces):
+        print("warning: more traces were dropped than kept; see the reasons below", file=sys.stderr)
+    print("        dropped: " + (", ".join(f"{count} x {reason}" for reason, count in dropped.items()) or "none"))
+
+
+def _given_traces(job: Job) -> tuple[list[Trace], Counter[str]]:
+    """(traces, dropped by reason): those in the recipe's data, or the teacher's for its questions."""
+    recipe, start = job.recipe, time.perf_counter()
+    loaded = load_data(recipe.data, tokenizer=job.tokenizer, think=job.think, max_rows=recipe.max_train_samples)
+    traces, dropped = loaded.traces, loaded.dropped
+    if loaded.questions:
+        with job.compute():
+            traces, unusable = generate_traces(
+                job.decoder(job.teacher(), "traces", job.sampling()),
+                loaded.questions,
+                max_thinking_tokens=recipe.max_thinking_tokens,
+                max_answer_tokens=recipe.max_answer_tokens,
+                close_unfinished=recipe.close_unfinished,
+            )
+        dropped += unusable
+    traces, unwanted = select_traces(
+        traces, keep=recipe.filter, max_length=recipe.max_length, closer_length=len(job.think.closer_ids)
+    )
+    how = "generated" if loaded.questions else "read"
+    print(f"traces: {len(traces)} {how} in {time.perf_counter() - start:.0f} s", flush=True)
+    return traces, dropped + unwanted
+
+
+def _learnable(job: Job, traces: list[Trace], dropped: Counter[str]) -> tuple[list[Trace], Counter[str]]:
+    """Those of which the recipe's truncation leaves something to learn."""
+    if job.recipe.method not in ("lsp", "sft"):
+        return traces, dropped
+    kept, unlearnable, lost = learnable(traces, truncation(job), sections(job))
+    for name, count in lost.items():
+        print(f"        the cut leaves nothing of section {name} in {count} of {len(traces)} traces")
+    return kept, dropped + unlearnable
+
+
+def _student_judge(job: Job) -> Judge:
+    decoder = job.decoder(job.reader(job.student_folder), "judge")
+    weights = weights_fingerprint(job.student_folder)
+    if job.recipe.judge == "self":
+        return SelfJudge(decoder, weights=weights)
+    return AnswerJudge(decoder, job.recipe.max_answer_tokens, weights=weights)
+
+
+def sufficient_prefixes(job: Job, traces: Sequence[Trace]) -> list[Prefix]:
+    """Each trace's shortest sufficient prefix by the recipe's judge; what was asked before is not asked again."""
+    start = time.perf_counter()
+    ledger = Ledger(job.output_dir / "traces" / "judgements.jsonl")
+    ends = [sentence_token_ends(trace.reasoning_ids, job.texts) for trace in traces]
+    with job.compute():
+        prefixes = find_prefixes(traces, _student_judge(job), ends, ledger=ledger)
+    print(f"{summarize_prefixes(prefixes)}\n        {time.perf_counter() - start:.0f} s", flush=True)
+    return prefixes
+
+
+def _completed(job: Job, traces: list[Trace]) -> tuple[list[Trace], Counter[str]]:
+    """(completed traces, dropped by reason): what P-ALIGN learns."""
+    recipe, prefixes = job.recipe, sufficient_prefixes(job, traces)
+    with job.compute():
+        completed, dropped = complete_prefixes(
+            job.decoder(job.reader(job.student_folder), "completions", job.sampling()),
+            traces,
+            prefixes,
+            completion=recipe.completion,
+            max_new_tokens=recipe.max_answer_tokens,
+            keep=recipe.filter,
+        )
+    kept, too_long = select_traces(completed, keep="none", max_length=recipe.max_length)
+    return kept, dropped + too_long
+
+
+def truncation(job: Job) -> Truncation:
+    """What the recipe keeps of each sequence; all of it where the method does not cut."""
+    recipe = job.recipe
+    return build_truncation(
+        recipe.truncation, share=recipe.keep_fraction or 1.0, side=recipe.keep_side, texts=job.texts
+    )
+
+
+def sections(job: Job) -> tuple[str, ...]:
+    """The sections that the recipe learns."""
+    return tuple((job.recipe.loss_sections or "cot+a").split("+"))
+
+
+def build_method(job: Job, traces: Sequence[Trace]) -> Method:
+    """The recipe's method over the run's traces."""
+    recipe = job.recipe
+    if recipe.method != "trsd":
+        return LSP(traces, truncation(job), sections(job))
+    judged = {}
+    if recipe.cut == "judged":
+        prefixes = sufficient_prefixes(job, traces)
+        judged = {trace.id: prefix.cut for trace, prefix in zip(traces, prefixes, strict=True)}
+    policy = build_policy(
+        recipe.cut,
+        cut_fractions=recipe.cut_fractions,
+        cut_budgets=recipe.cut_budgets,
+        texts=job.texts,
+        judged_cuts=judged,
+        anchor=recipe.anchor_share,
+    )
+    return TRSD(
+        traces,
+        job.think,
+        policy,
+        seed=recipe.seed,
+        branches_per_trace=recipe.branches_per_trace,
+        max_tokens=recipe.max_tokens_per_batch,
+        sentence_end=sentence_ends(job.texts) if recipe.snap_to_sentence else None,
+        keep_thinking=recipe.thinking_weight > 0,
+    )
+
+
+def prepare_teacher(job: Job, method: Method) -> Teacher | None:
+    """Teacher targets as the recipe wants them; a cache is built when it is missing and refused when it is stale."""
+    recipe = job.recipe
+    if recipe.alpha == 0:
+        return None
+    examples = [method.teacher_example(index) for index in range(len(method.traces))]
+    if recipe.teacher == "online":
+        return _online_teacher(job, examples)
+    folder, dtype = job.output_dir / "teacher", torch.bfloat16 if job.bf16 else torch.float32
+    top_k = {"k": recipe.teacher_top_k, "vocab_size": job.vocab_size, "temperature": recipe.temperature}
+    fingerprint = cache_fingerprint(
+        kind=recipe.teacher,
+        teacher_weights=weights_fingerprint(job.teacher_folder),
+        tokenizer=tokenizer_fingerprint(job.tokenizer),
+        dtype=dtype,
+        examples=examples,
+        **(top_k if recipe.teacher == "top_k_cache" else {}),
+    )
+    if not folder.exists():
+        start = time.perf_counter()
+        online = _online_teacher(job, examples)
+        shared = {"fingerprint": fingerprint, "progress": progress_bar("teacher")}
+        if recipe.teacher == "top_k_cache":
+            options = logit_options(job.teacher_config(), "teacher")
+            build_top_k_cache(folder, online, **top_k, **options, **shared)
+        else:
+            build_hidden_cache(folder, online, dtype=dtype, **shared)
+        del online
+        gc.collect()
+        size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
+        what = "hidden states, and the lm_head" if recipe.teacher == "hidden_cache" else f"top {recipe.teacher_top_k}"
+        print(f"teacher targets: {size:.1f} MiB ({what}) in {time.perf_counter() - start:.0f} s", flush=True)
+    if recipe.teacher == "top_k_cache":
+        return TopKCache(folder, examples, temperature=recipe.temperature, fingerprint=fingerprint, device=job.device)
+    return HiddenCache(folder, examples, fingerprint=fingerprint, device=job.device)
+
+
+def _online_teacher(job: Job, examples: Sequence[Example]) -> OnlineTeacher:
+    model = job.teacher()
+    backend = job.attention_backend(model, branches=False)
+    max_tokens = job.recipe.max_tokens_per_batch
+    return OnlineTeacher(model, examples, max_tokens_per_batch=max_tokens, backend=backend)
