@@ -1,0 +1,142 @@
+"""The sweep: which points it has, what it says of them, and that it goes on where it stopped."""
+
+import json
+import shutil
+
+import pytest
+from conftest import make_tiny_model, make_traces
+
+from trsd import sweep
+from trsd.recipe import Recipe, parse_recipe
+from trsd.sweep_report import knee, loss_gap, markdown, summarise
+from trsd.traces import write_traces
+
+
+def point(fraction, side="left", accuracy=0.5, losses=(2.0, 1.0)):
+    values = dict(low=0.4, high=0.6, accuracy_of_whole_text=accuracy, termination_rate=1.0, mean_thinking_tokens=9.0)
+    cost = dict(num_steps=2, tokens_per_step=100 * fraction, step_seconds=fraction, peak_memory_gib=1.0)
+    return dict(
+        fraction=fraction, side=side, accuracy=accuracy, teraflops_per_step=fraction, losses=losses, **values, **cost
+    )
+
+
+def test_the_whole_sequence_is_run_once_whatever_the_sides():
+    names = [s.name for s in sweep.settings_of([0.5, 1.0, 0.1], ["left", "right"])]
+    assert names == ["left-0.1", "left-0.5", "right-0.1", "right-0.5", "left-1"]
+
+
+def test_the_knee_of_a_curve_that_saturates_is_where_it_bends():
+    fractions = [i / 10 for i in range(1, 11)]
+    assert knee(fractions, [min(share, 0.4) for share in fractions]) == pytest.approx(0.4)
+    assert knee(fractions[:2], [0.1, 0.2]) is None
+
+
+def test_loss_gap_is_relative_and_over_the_steps_both_have():
+    gap = loss_gap([2.0, 3.0, 9.0], [1.0, 2.0])
+    assert gap == {"mean": pytest.approx(0.75), "last": pytest.approx(0.5)}
+
+
+def test_summary_relates_every_point_to_the_whole_and_left_to_right():
+    points = [
+        point(0.5, accuracy=0.45, losses=(1.0, 1.0)),
+        point(0.5, "right", accuracy=0.09, losses=(2.0, 2.0)),
+        point(1.0, accuracy=0.5),
+    ]
+    found = summarise(points, {"accuracy": 0.02, "termination_rate": 1.0})
+    assert [row["retention"] for row in found["points"]] == pytest.approx([0.9, 0.18, 1.0])
+    assert found["retention"] == pytest.approx({"mean": 0.54, "min": 0.18, "max": 0.9})
+    assert found["points"][0]["loss_gap_to_whole"] == pytest.approx({"mean": -0.25, "last": 0.0})
+    (versus,) = found["sides"]
+    assert (versus["accuracy_left"], versus["accuracy_right"]) == (0.45, 0.09)
+    assert versus["loss_gap"] == pytest.approx({"mean": -0.5, "last": -0.5})
+    text = markdown(found, Recipe(method="lsp"))
+    assert "| left 0.5 | 0.450 [0.400, 0.600] | 90.0% |" in text and "| 0.5 | 0.450 | right 0.090 | -50.0%" in text
+
+
+def test_a_sweep_without_the_whole_says_nothing_of_retention():
+    found = summarise([point(0.5), point(0.7)], {"accuracy": 0.0, "termination_rate": 0.0})
+    assert found["retention"] is None and "retention" not in found["points"][0]
+    markdown(found, Recipe())
+
+
+@pytest.fixture
+def words(tmp_path, tokenizer, think, tiny_folder):
+    """A sweep of the tiny model over given traces."""
+    write_traces(tmp_path / "traces.jsonl", make_traces(tokenizer, think, 6))
+    teacher = tmp_path / "teacher"
+    make_tiny_model(tokenizer, seed=3).save_pretrained(teacher)
+    tokenizer.save_pretrained(teacher)
+    rows = [{"question": "How many are 2 and 3?", "answer": "5"}, {"question": "And 1 and 1?", "answer": "2"}]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = dict(
+        model_name_or_path=tiny_folder,
+        teacher_model_name_or_path=teacher,
+        method="lsp",
+        data=tmp_path / "traces.jsonl",
+        eval_data=tmp_path / "questions.jsonl",
+        eval_budgets="",
+        max_thinking_tokens=8,
+        max_answer_tokens=4,
+        max_steps=2,
+        train_batch_size=3,
+        max_tokens_per_batch=512,
+        max_length=512,
+        output_dir=tmp_path / "sweep",
+    )
+    return [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+
+
+def test_a_sweep_trains_evaluates_reports_and_resumes(words, tmp_path, capsys, monkeypatch):
+    options = ["--fractions", "0.5,1.0", "--sides", "left,right"]
+    sweep.main([*words, *options])
+    folder = tmp_path / "sweep"
+    found = json.loads((folder / "sweep.json").read_text())
+    assert [(p["side"], p["fraction"]) for p in found["points"]] == [("left", 0.5), ("right", 0.5), ("left", 1.0)]
+    half, _, whole = found["points"]
+    assert half["num_steps"] == 2 and half["tokens_per_step"] < 0.55 * whole["tokens_per_step"]
+    assert half["teraflops_per_step"] < 0.55 * whole["teraflops_per_step"]
+    assert all((folder / name).stat().st_size > 100 for name in ("sweep.md", "sweep.png", "before/evaluation.json"))
+    assert "| left 0.5 |" in capsys.readouterr().out
+
+    shutil.rmtree(folder / "right-0.5")  # the only one that is not done
+    trained = []
+    true = sweep.subprocess.run
+    monkeypatch.setattr(sweep.subprocess, "run", lambda command, **k: trained.append(command) or true(command, **k))
+    sweep.main([*words, *options])
+    assert len(trained) == 1 and "right-0.5.yaml" in trained[0][4]
+    assert json.loads((folder / "sweep.json").read_text())["points"][0] == half
+
+    with pytest.raises(SystemExit):
+        sweep.main([*words, *options, "--learning_rate", "0.5"])
+    assert "left-0.5 was trained with other learning_rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "extra,message",
+    [
+        (["--fractions", "0.5,1.5"], "--fractions: expected more than 0 and at most 1, got [1.5]"),
+        (["--fractions", "half"], "--fractions: expected numbers"),
+        (["--sides", "left,top"], "--sides: expected some of left, middle, right, got top"),
+        (["--truncation", "first_derivation"], "a truncation with a fraction"),
+        (["--truncation", "endpoints", "--sides", "right"], "keeps both ends"),
+        (["--max_steps", "-1"], "max_steps"),
+    ],
+)
+def test_what_cannot_be_swept_exits_2_with_what_to_do(words, capsys, extra, message):
+    with pytest.raises(SystemExit) as exit_:
+        sweep.main([*words, *extra])
+    assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_run_that_fails_is_named_with_the_end_of_its_log(words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        sweep.main([*words, "--fractions", "0.5", "--attn_implementation", "triton"])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and "left-0.5" in error and "it needs CUDA tensors" in error
+
+
+def test_the_demo_is_what_a_sweep_takes_when_nothing_is_named(tmp_path, capsys):
+    sweep.main(["--output_dir", str(tmp_path / "s"), "--dry_run"])
+    said = capsys.readouterr().out
+    assert said.startswith("left-0.1\n") and "bundled:student" in said
+    assert parse_recipe(["--config", "demo-lsp"])[0].method == "lsp"

@@ -1,0 +1,237 @@
+"""Accuracy against the share of each sequence kept: ``python -m trsd.sweep --config demo-lsp --fractions 0.1,0.5,1.0``.
+
+Trains and evaluates the recipe once for every fraction and side, from the same start on the same traces, and writes
+what LSP's paper (arXiv 2512.21002) shows of it: the curve with its knee, retention, left against right, tokens, step
+time, memory and operations, and loss gaps (``sweep_report.py``). Every run is a process of its own, so that its peak
+memory is its own. What is finished is not run again; what was interrupted goes on.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trsd.data import load_data
+from trsd.decoding import Decoder, Sampling
+from trsd.errors import InputError
+from trsd.evaluate import evaluate, graded_questions
+from trsd.files import write_json, write_text
+from trsd.job import Job
+from trsd.metrics import progress_bar, read_metrics
+from trsd.models import quieten_transformers
+from trsd.prepare import share_traces
+from trsd.recipe import Recipe, fail, parse_recipe, recipe_as_yaml
+from trsd.run import FREE_TO_CHANGE, RECIPE_FILE
+from trsd.sweep_report import write_sweep
+from trsd.truncation import SIDES
+
+FRACTIONS = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1.0"
+TOTALS = "totals.json"
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One point of a sweep."""
+
+    fraction: float
+    side: str
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        return f"{self.side}-{self.fraction:g}"
+
+
+def settings_of(fractions: Sequence[float], sides: Sequence[str]) -> list[Setting]:
+    """Every fraction on every side; the whole sequence once, for it has no sides."""
+    found = [Setting(fraction=share, side=side) for side in sides for share in sorted(set(fractions)) if share < 1]
+    whole = [Setting(fraction=1.0, side="left")] if 1.0 in fractions else []
+    return found + whole
+
+
+def run_recipe(recipe: Recipe, setting: Setting, folder: Path, traces: Path) -> Recipe:
+    """The recipe of one point: its traces are there already, and it is evaluated afterwards."""
+    return replace(
+        recipe,
+        data=str(traces),
+        max_train_samples=None,
+        eval_data=None,
+        output_dir=str(folder),
+        keep_fraction=setting.fraction,
+        keep_side=setting.side,
+        resume_from_checkpoint=None,
+    )
+
+
+def train_setting(recipe: Recipe, folder: Path, log: Path) -> None:
+    """Train ``recipe`` in a process of its own unless that is done; InputError with the log's end where it fails."""
+    begun = (folder / RECIPE_FILE).exists()
+    if begun:
+        stored, wanted = (yaml.safe_load(text) for text in ((folder / RECIPE_FILE).read_text(), recipe_as_yaml(recipe)))
+        changed = sorted(k for k in wanted if k not in FREE_TO_CHANGE and stored.get(k) != wanted[k])
+        if changed:
+            raise InputError(f"{folder} was trained with other {', '.join(changed)}: choose another output_dir")
+    if (folder / TOTALS).exists():
+        return
+    config = log.with_suffix(".yaml")
+    write_text(config, recipe_as_yaml(recipe))
+    resume = ["--resume_from_checkpoint", "latest"] if begun else []
+    with log.open("a") as stream:
+        command = [sys.executable, "-m", "trsd.train", "--config", str(config), *resume]
+        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode
+    if code:
+        end = "\n".join(log.read_text().splitlines()[-5:])
+        raise InputError(f"training {folder.name} ended with exit code {code}; the end of {log}:\n{end}")
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The last checkpoint of a finished run."""
+    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+class Evaluator:
+    """Evaluates model folders on the recipe's questions, each once."""
+
+    def __init__(self, job: Job, *, num_samples: int, sampling: Sampling) -> None:
+        recipe = job.recipe
+        self.job, self.num_samples, self.sampling = job, num_samples, sampling
+        loaded = load_data(recipe.eval_data, tokenizer=job.tokenizer, think=job.think, max_rows=recipe.max_eval_samples)
+        self.questions = graded_questions(loaded)
+
+    def __call__(self, model_folder: Path, path: Path) -> dict[str, Any]:
+        """The evaluation of ``model_folder``, read from ``path`` or made and written there."""
+        settings = {"num_samples": self.num_samples, "sampling": asdict(self.sampling)}
+        if path.exists():
+            result = json.loads(path.read_text())
+            if any(result[name] != value for name, value in settings.items()):
+                raise InputError(f"{path} was evaluated with other samples: delete it, or give the same options")
+            return result
+        recipe, job = self.job.recipe, self.job
+        decoder = Decoder(
+            job.reader(model_folder),
+            job.tokenizer,
+            job.think,
+            batch_size=recipe.generation_batch_size,
+            sampling=self.sampling,
+            progress=progress_bar(f"evaluate {path.parent.name}"),
+        )
+        with job.compute():
+            result = evaluate(
+                decoder,
+                self.questions,
+                recipe.eval_budgets,
+                max_thinking_tokens=recipe.max_thinking_tokens,
+                max_answer_tokens=recipe.max_answer_tokens,
+                num_samples=self.num_samples,
+            )
+        write_json(path, result)
+        return result
+
+
+def point(setting: Setting, folder: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """What a finished run says of its setting."""
+    metrics, totals = read_metrics(folder / "metrics.jsonl"), json.loads((folder / TOTALS).read_text())
+    seconds = sorted(row["step_seconds"] for row in metrics)
+    return {
+        "fraction": setting.fraction,
+        "side": setting.side,
+        **{name: evaluation["unconstrained"][name] for name in ACCURACY},
+        "num_steps": len(metrics),
+        "tokens_per_step": sum(row["tokens"] for row in metrics) / len(metrics),
+        "step_seconds": seconds[len(seconds) // 2],
+        "peak_memory_gib": totals.get("peak_gpu_memory_gib", totals["peak_memory_gib"]),
+        "teraflops_per_step": sum(row["teraflops"] for row in metrics) / len(metrics),
+        "losses": [row["loss"] for row in metrics],
+    }
+
+
+ACCURACY = ("accuracy", "low", "high", "accuracy_of_whole_text", "termination_rate", "mean_thinking_tokens")
+
+
+def sweep(
+    recipe: Recipe,
+    output_dir: Path,
+    settings: Sequence[Setting],
+    *,
+    num_samples: int = 1,
+    sampling: Sampling | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train and evaluate every setting under ``output_dir``, and write the report; returns what it shows.
+
+    Raises:
+        InputError: a recipe that cannot be swept, a run that failed, or an ``output_dir`` of another recipe.
+    """
+    if recipe.method not in ("lsp", "sft") or recipe.truncation == "first_derivation":
+        raise InputError("a sweep needs method lsp or sft and a truncation with a fraction")
+    if recipe.truncation == "endpoints" and {setting.side for setting in settings} != {"left"}:
+        raise InputError("truncation endpoints keeps both ends: leave --sides out")
+    if recipe.eval_data is None:
+        raise InputError("a sweep needs eval_data: questions with reference answers")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    job = Job(replace(recipe, output_dir=str(output_dir)), output_dir)
+    evaluator = Evaluator(job, num_samples=num_samples, sampling=sampling or Sampling())
+    before = evaluator(job.student_folder, output_dir / "before" / EVALUATION)
+    traces = share_traces(job, output_dir)
+    points = []
+    for number, setting in enumerate(settings, start=1):
+        folder = output_dir / setting.name
+        train_setting(run_recipe(recipe, setting, folder, traces), folder, output_dir / f"{setting.name}.log")
+        points.append(point(setting, folder, evaluator(newest_checkpoint(folder), folder / EVALUATION)))
+        found = points[-1]
+        say(
+            f"{number}/{len(settings)}  {setting.name:<10}  accuracy {found['accuracy']:.3f}  "
+            f"ends by itself {found['termination_rate']:.0%}  {found['tokens_per_step']:,.0f} tokens  "
+            f"{found['step_seconds']:.2f} s a step"
+        )
+    return write_sweep(output_dir, recipe, points, before["unconstrained"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Sweep from the command line; input that cannot be used exits with code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trsd.sweep",
+        description="Train and evaluate a recipe at several fractions of each sequence. Flags of python -m trsd.train "
+        "(--config, --max_steps, ...) are taken too; eval_budgets may be left empty.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--fractions", default=FRACTIONS, help=f"shares kept, comma-separated; default {FRACTIONS}")
+    parser.add_argument("--sides", default="left", help="of left, middle, right, comma-separated; default left")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where runs and report go; resumed if it exists")
+    parser.add_argument("--num_samples", type=int, default=1, help="samples per evaluation question")
+    parser.add_argument("--temperature_eval", type=float, default=0.0, help="of those samples; 0 is greedy")
+    parser.add_argument("--top_p_eval", type=float, default=1.0, help="nucleus mass of those samples")
+    own, rest = parser.parse_known_args(argv)
+    if not {"--config", "--method"} & {word.split("=")[0] for word in rest}:
+        rest = ["--config", "demo-lsp", *rest]
+    recipe, _, dry_run = parse_recipe(rest)
+    try:
+        fractions = [float(text) for text in own.fractions.split(",")]
+    except ValueError:
+        fail(f"--fractions: expected numbers such as 0.1,0.5, got {own.fractions!r}")
+    if bad := [share for share in fractions if not 0 < share <= 1]:
+        fail(f"--fractions: expected more than 0 and at most 1, got {bad}")
+    if unknown := set(own.sides.split(",")) - set(SIDES):
+        fail(f"--sides: expected some of {', '.join(SIDES)}, got {', '.join(sorted(unknown))}")
+    settings = settings_of(fractions, own.sides.split(","))
+    if dry_run:
+        print("\n".join(setting.name for setting in settings) + f"\n\n{recipe_as_yaml(recipe)}", end="")
+        return
+    quieten_transformers()
+    sampling = Sampling(temperature=own.temperature_eval, top_p=own.top_p_eval, seed=recipe.seed)
+    try:
+        sweep(recipe, own.output_dir, settings, num_samples=own.num_samples, sampling=sampling)
+    except (InputError, OSError, ImportError) as error:
+        fail(str(error))
+    print(f"written to {own.output_dir}: sweep.md, sweep.png, sweep.json")
+
+
+if __name__ == "__main__":
+    main()
