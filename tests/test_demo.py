@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from trsd.data import load_data
 from trsd.decoding import Decoder
-from trsd.demo import problems
+from trsd.demo import make_student, problems
 from trsd.demo.problems import draw_problem, draw_problems, split_of
 from trsd.evaluate import evaluate
 from trsd.grading import grade
@@ -79,6 +80,25 @@ def test_unknown_split_is_refused():
 def test_command_prints_problems(capsys):
     problems.main(["--split", "train", "--num_problems", "3", "--seed", "9"])
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_worked_solutions_are_traces_to_learn_from(tmp_path):
+    path = tmp_path / "solutions.jsonl"
+    problems.main(["--split", "train", "--num_problems", "5", "--solutions", "--output", str(path)])
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("bundled:reasoner"))
+    traces = load_data(str(path), tokenizer=tokenizer, think=ThinkFormat.of(tokenizer)).traces
+    assert len(traces) == 5 and all(trace.correct for trace in traces)
+
+
+def test_bundled_student_is_what_its_script_makes_of_the_reasoner(tmp_path, capsys):
+    make_student.main(["--output_dir", str(tmp_path / "student")])
+    made, bundled = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "student", model_folder("bundled:student"))
+    )
+    assert made.keys() == bundled.keys() and all(torch.equal(made[name], bundled[name]) for name in made)
+    assert "1,304,064 parameters" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="exists already"):
+        make_student.main(["--output_dir", str(tmp_path / "student")])
 
 
 def test_reasoner_is_a_small_plain_qwen3_with_a_real_tokenizer():

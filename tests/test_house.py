@@ -47,9 +47,12 @@ def test_kernels_import_from_the_tree_without_transformers_or_triton():
 
 
 def test_the_trainer_imports_without_its_optional_packages():
-    names = ["vllm", "flash_attn", "liger_kernel", "datasets", "pyarrow", "math_verify", "wandb"]
+    names = ["vllm", "flash_attn", "liger_kernel", "datasets", "pyarrow", "math_verify", "wandb", "kneed"]
     block = f"import sys; sys.modules.update(dict.fromkeys({names!r})); "
-    result = run_python(block + "import trsd.train, trsd.evaluate, trsd.generate, trsd.report", PYTHONPATH=".:kernels")
+    result = run_python(
+        block + "import trsd.train, trsd.evaluate, trsd.generate, trsd.report, trsd.sweep, trsd.analyze",
+        PYTHONPATH=".:kernels",
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -87,6 +90,7 @@ def test_a_wheel_holds_both_packages_and_everything_bundled(tmp_path):
         "trsd_kernels/linear_distill.py",
         "trsd/recipes/demo.yaml",
         "trsd/demo/reasoner/model.safetensors",
+        "trsd/demo/student/model.safetensors",
         "trsd/demo/reasoner/chat_template.jinja",
         "trsd/demo/questions/train.jsonl",
     ):

@@ -129,3 +129,60 @@ def test_every_field_is_documented():
         line = source.index(f"    {name}:")
         assert source[line:].split("\n")[1].strip().startswith('"""'), name
     assert len(yaml.safe_load(recipe_as_yaml(Recipe()))) < 60
+
+
+def test_a_recipe_builds_on_another_and_overrides_it(write, tmp_path):
+    (tmp_path / "base.yaml").write_text("learning_rate: 1e-3\nseed: 4\n")
+    recipe, name, _ = parse_recipe(["--config", write("base: base.yaml\nseed: 5\n")])
+    assert (recipe.learning_rate, recipe.seed, name) == (1e-3, 5, "r")
+    shipped = parse_recipe(["--config", write("base: demo\nmax_steps: 3\n")])[0]
+    assert shipped == replace(parse_recipe(["--config", "demo"])[0], max_steps=3)
+
+
+def test_recipes_that_build_on_each_other_in_a_circle_are_refused(write, capsys):
+    assert "in a circle" in refusal(capsys, ["--config", write("base: r.yaml\n")])
+
+
+def test_the_papers_seven_pairs_differ_in_their_models_alone():
+    pairs = {name: parse_recipe(["--config", name])[0] for name in shipped_recipes() if name.startswith("lsp-qwen3")}
+    models = {(r.teacher_model_name_or_path, r.model_name_or_path) for r in pairs.values()}
+    assert len(pairs) == len(models) == 7
+    assert all("Qwen/Qwen3-" in teacher and student.endswith("-Base") for teacher, student in models)
+    same = {replace(r, model_name_or_path="", teacher_model_name_or_path="") for r in pairs.values()}
+    assert len(same) == 1
+    (recipe,) = same
+    assert (recipe.method, recipe.learning_rate, recipe.weight_decay, recipe.alpha) == ("lsp", 4e-6, 0.05, 0.5)
+    assert (recipe.train_batch_size, recipe.num_train_epochs, recipe.lr_scheduler_type) == (8, 2, "onecycle")
+    assert recipe.loss_sections == "p+cot+a" and recipe.max_length == 4096
+
+
+@pytest.mark.parametrize(
+    "method,alpha,fraction,sections",
+    [("trsd", 1.0, None, None), ("lsp", 0.5, 0.5, "p+cot+a"), ("sft", 0.0, 1.0, "cot+a"), ("palign", 0.0, None, None)],
+)
+def test_a_method_says_what_a_field_left_out_is(method, alpha, fraction, sections):
+    recipe = parse_recipe(["--method", method, "--model_name_or_path", "m", "--teacher_model_name_or_path", "t"])[0]
+    assert (recipe.alpha, recipe.keep_fraction, recipe.loss_sections) == (alpha, fraction, sections)
+
+
+@pytest.mark.parametrize("words", [["--method", "lsp"], ["--method=lsp"]])
+def test_a_method_alone_is_its_demo(words):
+    assert parse_recipe(words)[0] == parse_recipe(["--config", "demo-lsp"])[0]
+    assert parse_recipe(["--method", "trsd"])[0] == parse_recipe([])[0]
+
+
+@pytest.mark.parametrize(
+    "text,key",
+    [
+        ("method: sft\nalpha: 0.5\n", "alpha: method sft learns text without a teacher"),
+        ("method: lsp\n", "teacher_model_name_or_path: lsp learns from a larger teacher"),
+        ("method: sft\nkeep_fraction: 0\n", "keep_fraction: expected more than 0"),
+        ("method: sft\ncut: budgets\n", "cut: method sft does not read it"),
+        ("keep_fraction: 0.5\n", "keep_fraction: method trsd does not read it (lsp and sft do)"),
+        ("method: sft\ntruncation: endpoints\nkeep_side: right\n", "keeps both ends"),
+        ("method: sft\ntruncation: first_derivation\nkeep_fraction: 0.3\n", "decides by itself"),
+        ("teacher_top_k: 0\n", "teacher_top_k: expected at least 1"),
+    ],
+)
+def test_what_a_method_cannot_use_exits_2_and_says_so(write, capsys, text, key):
+    assert key in refusal(capsys, ["--config", write(text)])

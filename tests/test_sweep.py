@@ -111,6 +111,15 @@ def test_a_sweep_trains_evaluates_reports_and_resumes(words, tmp_path, capsys, m
     assert "left-0.5 was trained with other learning_rate" in capsys.readouterr().err
 
 
+def test_a_fraction_that_leaves_nothing_to_learn_is_left_out_and_said(words, tmp_path, capsys):
+    sweep.main([*words, "--fractions", "0.1,1.0", "--loss_sections", "a"])
+    assert "left-0.1    left out: the cut leaves nothing to learn" in capsys.readouterr().out
+    assert [p["fraction"] for p in json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]] == [1.0]
+    with pytest.raises(SystemExit):
+        sweep.main([*words, "--fractions", "0.1", "--loss_sections", "a"])
+    assert "no fraction leaves anything to learn" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "extra,message",
     [

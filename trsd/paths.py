@@ -12,6 +12,6 @@ def resolve_bundled(path: str) -> str:
     inside = Path(__file__).parent / "demo" / path.removeprefix(BUNDLED)
     if not inside.exists():
         raise FileNotFoundError(
-            f"nothing is bundled as {path}: the demo has bundled:reasoner and bundled:questions/*.jsonl"
+            f"nothing is bundled as {path}; there are bundled:reasoner, bundled:student and bundled:questions/*.jsonl"
         )
     return str(inside)

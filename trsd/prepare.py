@@ -53,11 +53,10 @@ def prepare_traces(job: Job) -> list[Trace]:
     return _reported(job, folder, lambda: _learnable(job, *_given_traces(job)))
 
 
-def share_traces(job: Job, folder: Path) -> Path:
-    """The recipe's traces as a file that several runs can take as their data; made when it is not there yet."""
+def share_traces(job: Job, folder: Path) -> tuple[Path, list[Trace]]:
+    """(file, traces): the recipe's traces as data that several runs can take; made when it is not there yet."""
     path = folder / "traces.jsonl"
-    _stored(job, path, folder / "dropped.json", lambda: _given_traces(job))
-    return path
+    return path, _stored(job, path, folder / "dropped.json", lambda: _given_traces(job))
 
 
 def _reported(job: Job, folder: Path, make: Callable[[], tuple[list[Trace], Counter[str]]]) -> list[Trace]:

@@ -23,13 +23,14 @@ from trsd.errors import InputError
 from trsd.evaluate import evaluate, graded_questions
 from trsd.files import write_json, write_text
 from trsd.job import Job
+from trsd.methods.lsp import learnable
 from trsd.metrics import progress_bar, read_metrics
 from trsd.models import quieten_transformers
-from trsd.prepare import share_traces
+from trsd.prepare import sections, share_traces
 from trsd.recipe import Recipe, fail, parse_recipe, recipe_as_yaml
 from trsd.run import FREE_TO_CHANGE, RECIPE_FILE
 from trsd.sweep_report import write_sweep
-from trsd.truncation import SIDES
+from trsd.truncation import SIDES, build_truncation
 
 FRACTIONS = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1.0"
 TOTALS = "totals.json"
@@ -179,11 +180,16 @@ def sweep(
     job = Job(replace(recipe, output_dir=str(output_dir)), output_dir)
     evaluator = Evaluator(job, num_samples=num_samples, sampling=sampling or Sampling())
     before = evaluator(job.student_folder, output_dir / "before" / EVALUATION)
-    traces = share_traces(job, output_dir)
+    traces, shared = share_traces(job, output_dir)
     points = []
     for number, setting in enumerate(settings, start=1):
         folder = output_dir / setting.name
-        train_setting(run_recipe(recipe, setting, folder, traces), folder, output_dir / f"{setting.name}.log")
+        truncation = build_truncation(recipe.truncation, share=setting.fraction, side=setting.side, texts=job.texts)
+        if not learnable(shared, truncation, sections(job))[0]:
+            say(f"{number}/{len(settings)}  {setting.name:<10}  left out: the cut leaves nothing to learn")
+            continue
+        one = run_recipe(recipe, setting, folder, traces)
+        train_setting(one, folder, output_dir / f"{setting.name}.log")
         points.append(point(setting, folder, evaluator(newest_checkpoint(folder), folder / EVALUATION)))
         found = points[-1]
         say(
@@ -191,6 +197,8 @@ def sweep(
             f"ends by itself {found['termination_rate']:.0%}  {found['tokens_per_step']:,.0f} tokens  "
             f"{found['step_seconds']:.2f} s a step"
         )
+    if not points:
+        raise InputError("no fraction leaves anything to learn: choose larger ones or other loss_sections")
     return write_sweep(output_dir, recipe, points, before["unconstrained"])
 
 

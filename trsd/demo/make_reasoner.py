@@ -1,11 +1,8 @@
-"""Train the bundled tiny models from nothing: ``python -m trsd.demo.make_reasoner [--student True]``.
+"""Train the bundled tiny reasoner from nothing: ``python -m trsd.demo.make_reasoner``.
 
 A 1.7 M-parameter Qwen3 learns, from generated problems it never sees twice, to write a worked solution between
 ``<think>`` and ``</think>`` and then the answer. Cross-entropy on everything after the question, AdamW with warm-up and
 cosine decay, bf16 autocast, weights kept in fp32. Seeded; the figures of the shipped copy are in its README.md.
-
-The student is a third of its size, with its tokenizer, and stops early: it knows how such text goes, not yet how
-to calculate, which is what a base model is to a reasoner. It is whom the demos of LSP and supervised fine-tuning train.
 """
 
 import argparse
@@ -20,10 +17,9 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from trsd.demo.problems import Problem, draw_problems
-from trsd.paths import resolve_bundled
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 VOCAB_SIZE = 640
@@ -78,15 +74,14 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
 
 
-REASONER_SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
-STUDENT_SHAPE = {"hidden_size": 128, "intermediate_size": 336, "num_hidden_layers": 3, "num_attention_heads": 4}
-
-
-def new_model(tokenizer: PreTrainedTokenizerFast, shape: dict[str, int]) -> Qwen3ForCausalLM:
-    """An untrained model of a shipped shape."""
+def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """An untrained model of the shipped shape."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        **shape,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=CONTEXT,
@@ -168,24 +163,18 @@ def train(model: Qwen3ForCausalLM, data: Iterator[tuple[Tensor, Tensor]], *, num
 def main(argv: list[str] | None = None) -> None:
     """Train the reasoner and write model, tokenizer and a record of how it was made."""
     parser = argparse.ArgumentParser(prog="python -m trsd.demo.make_reasoner", description=main.__doc__)
-    parser.add_argument("--student", type=lambda text: text == "True", default=False, help="True: the small student")
     parser.add_argument("--output_dir", type=Path, default=Path("reasoner"))
-    parser.add_argument("--num_steps", type=int, help="2500, of the student 300")
-    parser.add_argument("--batch_size", type=int, help="64, of the student 32")
+    parser.add_argument("--num_steps", type=int, default=2500)
+    parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    args.num_steps = args.num_steps or (300 if args.student else 2500)
-    args.batch_size = args.batch_size or (32 if args.student else 64)
     if args.output_dir.exists():
         sys.exit(f"error: {args.output_dir} exists already")
 
     torch.manual_seed(args.seed)
-    if args.student:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_bundled("bundled:reasoner"))
-    else:
-        tokenizer = train_tokenizer(args.seed)
-    model = new_model(tokenizer, STUDENT_SHAPE if args.student else REASONER_SHAPE)
+    tokenizer = train_tokenizer(args.seed)
+    model = new_model(tokenizer)
     start = time.perf_counter()
     data = batches(tokenizer, batch_size=args.batch_size, seed=args.seed)
     train(model, data, num_steps=args.num_steps, peak=args.learning_rate)
