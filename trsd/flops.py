@@ -2,16 +2,16 @@
 
     forward = 2 N_body T + 4 L H d P + 2 V h R                                                               (1)
 
-with N_body parameters outside the embeddings, T tokens, L layers of H query heads of d, P pairs of a query with a key
-it sees, and R rows against a vocabulary of V at hidden size h. Backward costs twice the forward; recomputed activations
-one more forward of the body. Experts that are not chosen are counted as if they ran.
+with N_body weights of matrices outside the embeddings, T tokens, L layers of H query heads of d, P pairs of a query and
+a key it sees, and R rows against a vocabulary of V at hidden size h. Backward costs twice the forward; recomputed
+activations one more forward of the body. Experts that are not chosen are counted as if they ran.
 """
 
 from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from trsd.batching import PackedBatch
+from trsd.batching import Example, PackedBatch
 
 
 class FlopCounter:
@@ -22,21 +22,25 @@ class FlopCounter:
         embeddings = {
             id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()
         }
-        self.body = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in embeddings)
+        self.body = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in embeddings)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.attention = config.num_hidden_layers * config.num_attention_heads * head_dim
         self.head = model.get_output_embeddings().weight.numel()
 
-    def body_forward(self, batches: Sequence[PackedBatch]) -> float:
-        """The body's forward pass over packed rows."""
-        tokens, pairs = sum(batch.num_tokens for batch in batches), sum(batch.num_pairs for batch in batches)
-        return 2.0 * self.body * tokens + 4.0 * self.attention * pairs
-
-    def head_forward(self, num_rows: int) -> float:
-        """The lm_head's product for ``num_rows`` rows."""
-        return 2.0 * self.head * num_rows
-
     def training(self, batches: Sequence[PackedBatch], *, recomputed: bool) -> float:
         """Forward and backward over packed rows; ``recomputed``: activations are made again in the backward pass."""
+        tokens, pairs = sum(batch.num_tokens for batch in batches), sum(batch.num_pairs for batch in batches)
         rows = sum(len(batch.labels) + len(batch.thinking_labels) for batch in batches)
-        return (4.0 if recomputed else 3.0) * self.body_forward(batches) + 3.0 * self.head_forward(rows)
+        return (4.0 if recomputed else 3.0) * self._body(tokens, pairs) + 3.0 * self._head(rows)
+
+    def reading(self, examples: Sequence[Example]) -> float:
+        """Forward over sequences without branches, and the head for their labels."""
+        lengths = [len(example.input_ids) for example in examples]
+        pairs = sum(length * (length + 1) // 2 for length in lengths)
+        return self._body(sum(lengths), pairs) + self._head(sum(len(example.labels) for example in examples))
+
+    def _body(self, num_tokens: int, num_pairs: int) -> float:
+        return 2.0 * self.body * num_tokens + 4.0 * self.attention * num_pairs
+
+    def _head(self, num_rows: int) -> float:
+        return 2.0 * self.head * num_rows

@@ -88,10 +88,9 @@ class Loop:
         total = self.flops.training(batches, recomputed=self.job.recipe.gradient_checkpointing)
         if self.teacher_flops is None:
             return total
-        indices = sorted({index for batch in batches for index in batch.trace_indices})
-        seen = pack_examples([self.method.teacher_example(index) for index in indices], 2**62, "cpu")
-        rows = sum(len(batch.labels) for batch in batches)
-        return total + self.teacher_flops.body_forward(seen) + self.teacher_flops.head_forward(rows)
+        # Each row asks for its traces' targets, and a trace that is in two rows runs twice.
+        seen = [self.teacher.examples[index] for batch in batches for index in sorted(set(batch.trace_indices))]
+        return total + self.teacher_flops.reading(seen)
 
     def _backward(self, batch: PackedBatch, num_items: int, num_thinking: int) -> Tensor:
         """Add the gradients of one packed row; returns its [loss, cross-entropy, divergence, thinking]."""

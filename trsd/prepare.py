@@ -22,7 +22,7 @@ from trsd.files import write_json
 from trsd.generate import generate_traces, select_traces
 from trsd.job import Job
 from trsd.judging import AnswerJudge, Judge, Ledger, Prefix, SelfJudge, find_prefixes, summarize_prefixes
-from trsd.methods import Method
+from trsd.methods import Method, TeacherExamples
 from trsd.methods.lsp import LSP, learnable
 from trsd.methods.palign import complete_prefixes
 from trsd.methods.trsd import TRSD
@@ -205,7 +205,7 @@ def prepare_teacher(job: Job, method: Method) -> Teacher | None:
     recipe = job.recipe
     if recipe.alpha == 0:
         return None
-    examples = [method.teacher_example(index) for index in range(len(method.traces))]
+    examples = TeacherExamples(method)
     if recipe.teacher == "online":
         return _online_teacher(job, examples)
     folder, dtype = job.output_dir / "teacher", torch.bfloat16 if job.bf16 else torch.float32

@@ -19,3 +19,18 @@ class Method(Protocol):
     def examples(self, members: Sequence[tuple[int, int]]) -> list[Example]:
         """What the student learns from (epoch, trace index) pairs."""
         ...
+
+
+class TeacherExamples(Sequence[Example]):
+    """What the teacher runs of every trace, made when it is asked for: a corpus of them would fill the memory."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def __len__(self) -> int:
+        return len(self.method.traces)
+
+    def __getitem__(self, trace_index: int) -> Example:
+        if not 0 <= trace_index < len(self):
+            raise IndexError(trace_index)
+        return self.method.teacher_example(trace_index)

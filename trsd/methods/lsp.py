@@ -92,13 +92,13 @@ class LSP:
     def __init__(self, traces: Sequence[Trace], truncation: Truncation, sections: Sequence[str]) -> None:
         """Take the options of a run; ``traces`` are those that ``learnable`` kept."""
         self.traces = traces
-        self.truncation = truncation
+        self.spans = [truncation(trace) for trace in traces]
         self.sections = sections
 
     def example(self, trace_index: int) -> Example:
         """The trace as student and teacher see it."""
         trace = self.traces[trace_index]
-        found = kept_example(trace, trace_index, self.truncation(trace), self.sections)
+        found = kept_example(trace, trace_index, self.spans[trace_index], self.sections)
         if found is None:
             raise ValueError(f"trace {trace.id}: {NO_LABEL}")
         return found
