@@ -6,7 +6,7 @@ from conftest import make_tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from trsd.batching import Branch, Example, pack_examples
-from trsd.flops import FlopCounter
+from trsd.flops import FlopCounter, head_flops
 
 
 def counted(call):
@@ -27,18 +27,19 @@ def test_reading_counts_what_torch_counts_but_the_masked_pairs(plain):
     example = Example(trace_index=0, input_ids=[5] * length, labels=[6] * length)
     seen = counted(lambda: plain(torch.tensor([example.input_ids])))
     masked = 4 * 2 * 4 * 16 * (length**2 - length * (length + 1) // 2)  # 2 layers, 4 heads of 16
+    head = head_flops(plain.get_output_embeddings().weight.numel(), length)
     rotary = 2 * length * 8  # its table of angles is a product too
-    assert FlopCounter(plain).reading([example]) == seen - masked - rotary
+    assert FlopCounter(plain).reading([example]) == seen - masked - rotary - head
 
 
 def test_training_is_three_forwards_and_four_when_recomputed(plain):
     example = Example(trace_index=0, input_ids=[5] * 50, labels=[6] * 20)
     batches = pack_examples([example], 100, "cpu")
     counter = FlopCounter(plain)
-    forward = counter.reading([example])
-    assert counter.training(batches, recomputed=False) == pytest.approx(3 * forward)
+    body = counter.reading([example])
     head = 2 * 20 * plain.get_output_embeddings().weight.numel()
-    assert counter.training(batches, recomputed=True) == pytest.approx(4 * forward - head)
+    assert counter.training(batches, recomputed=False) == pytest.approx(3 * body + 3 * head)
+    assert counter.training(batches, recomputed=True) == pytest.approx(4 * body + 3 * head)
 
 
 def test_a_branch_costs_its_own_tokens_and_the_pairs_with_its_trunk(plain):

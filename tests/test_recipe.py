@@ -186,3 +186,15 @@ def test_a_method_alone_is_its_demo(words):
 )
 def test_what_a_method_cannot_use_exits_2_and_says_so(write, capsys, text, key):
     assert key in refusal(capsys, ["--config", write(text)])
+
+
+def test_another_method_over_a_recipe_starts_from_its_own_defaults_and_says_so(write, capsys):
+    base = parse_recipe(["--config", "lsp-qwen3-8b-4b"])[0]
+    recipe = parse_recipe(["--config", "lsp-qwen3-8b-4b", "--method", "sft"])[0]
+    assert (recipe.alpha, recipe.keep_fraction, recipe.loss_sections, recipe.teacher) == (0, 1, "cot+a", "hidden_cache")
+    assert (recipe.learning_rate, recipe.model_name_or_path) == (base.learning_rate, base.model_name_or_path)
+    said = capsys.readouterr().err
+    assert "lsp-qwen3-8b-4b is of method lsp; left out of it: " in said and "keep_fraction" in said
+    resolved = write(recipe_as_yaml(base))
+    assert parse_recipe(["--config", resolved, "--method", "sft", "--keep_fraction", "0.7"])[0].keep_fraction == 0.7
+    assert parse_recipe(["--config", write("base: lsp-qwen3-8b-4b\nmethod: sft\n")])[0] == recipe

@@ -28,7 +28,7 @@ def test_the_whole_sequence_is_run_once_whatever_the_sides():
 def test_the_knee_of_a_curve_that_saturates_is_where_it_bends():
     fractions = [i / 10 for i in range(1, 11)]
     assert knee(fractions, [min(share, 0.4) for share in fractions]) == pytest.approx(0.4)
-    assert knee(fractions[:2], [0.1, 0.2]) is None
+    assert knee(fractions[:2], [0.1, 0.2]) is None and knee(fractions, [0.3] * 10) is None
 
 
 def test_loss_gap_is_relative_and_over_the_steps_both_have():
@@ -44,7 +44,8 @@ def test_summary_relates_every_point_to_the_whole_and_left_to_right():
     ]
     found = summarise(points, {"accuracy": 0.02, "termination_rate": 1.0})
     assert [row["retention"] for row in found["points"]] == pytest.approx([0.9, 0.18, 1.0])
-    assert found["retention"] == pytest.approx({"mean": 0.54, "min": 0.18, "max": 0.9})
+    assert found["curves"]["left"]["retention"] == pytest.approx({"mean": 0.9, "min": 0.9, "max": 0.9})
+    assert found["curves"]["right"]["retention"]["mean"] == pytest.approx(0.18)
     assert found["points"][0]["loss_gap_to_whole"] == pytest.approx({"mean": -0.25, "last": 0.0})
     (versus,) = found["sides"]
     assert (versus["accuracy_left"], versus["accuracy_right"]) == (0.45, 0.09)
@@ -53,9 +54,16 @@ def test_summary_relates_every_point_to_the_whole_and_left_to_right():
     assert "| left 0.5 | 0.450 [0.400, 0.600] | 90.0% |" in text and "| 0.5 | 0.450 | right 0.090 | -50.0%" in text
 
 
+def test_the_recipe_of_a_point_is_the_sweeps_but_for_what_is_kept(tmp_path):
+    recipe = Recipe(method="lsp", teacher_model_name_or_path="t", learning_rate=0.5, max_train_samples=9, eval_data="e")
+    one = sweep.run_recipe(recipe, sweep.Setting(fraction=0.3, side="right"), tmp_path / "r", tmp_path / "t.jsonl")
+    assert (one.keep_fraction, one.keep_side, one.data) == (0.3, "right", str(tmp_path / "t.jsonl"))
+    assert (one.learning_rate, one.max_train_samples, one.eval_data) == (0.5, None, None)
+
+
 def test_a_sweep_without_the_whole_says_nothing_of_retention():
     found = summarise([point(0.5), point(0.7)], {"accuracy": 0.0, "termination_rate": 0.0})
-    assert found["retention"] is None and "retention" not in found["points"][0]
+    assert found["curves"]["left"]["retention"] is None and "retention" not in found["points"][0]
     markdown(found, Recipe())
 
 
@@ -108,7 +116,23 @@ def test_a_sweep_trains_evaluates_reports_and_resumes(words, tmp_path, capsys, m
 
     with pytest.raises(SystemExit):
         sweep.main([*words, *options, "--learning_rate", "0.5"])
-    assert "left-0.5 was trained with other learning_rate" in capsys.readouterr().err
+    assert "sweep was made with other learning_rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name,value", [("data", "/nowhere.jsonl"), ("eval_data", "x.jsonl"), ("max_train_samples", "1")]
+)
+def test_a_sweep_never_passes_old_results_off_for_other_data(words, tmp_path, capsys, name, value):
+    sweep.main([*words, "--fractions", "1.0"])
+    with pytest.raises(SystemExit) as exit_:
+        sweep.main([*words, "--fractions", "1.0", f"--{name}", value])
+    assert exit_.value.code == 2 and f"was made with other {name}" in capsys.readouterr().err
+
+
+def test_a_model_or_data_of_ones_own_does_not_inherit_the_demos_limits(capsys, tmp_path):
+    mine = ["--model_name_or_path", "m", "--teacher_model_name_or_path", "t", "--data", "d.jsonl", "--method", "lsp"]
+    sweep.main(["--output_dir", str(tmp_path), "--dry_run", *mine])
+    assert "bundled" not in capsys.readouterr().out
 
 
 def test_a_fraction_that_leaves_nothing_to_learn_is_left_out_and_said(words, tmp_path, capsys):
@@ -125,6 +149,9 @@ def test_a_fraction_that_leaves_nothing_to_learn_is_left_out_and_said(words, tmp
     [
         (["--fractions", "0.5,1.5"], "--fractions: expected more than 0 and at most 1, got [1.5]"),
         (["--fractions", "half"], "--fractions: expected numbers"),
+        (["--num_samples", "0"], "--num_samples: expected at least 1"),
+        (["--num_samples", "4"], "--num_samples: expected at least 1, and more than 1 only with --temperature_eval"),
+        (["--temperature_eval", "-1"], "--temperature_eval"),
         (["--sides", "left,top"], "--sides: expected some of left, middle, right, got top"),
         (["--truncation", "first_derivation"], "a truncation with a fraction"),
         (["--truncation", "endpoints", "--sides", "right"], "keeps both ends"),

@@ -2,13 +2,19 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from conftest import losses, make_tiny_model, make_traces, refusal
+from transformers import AutoTokenizer
 
 from trsd import judging
+from trsd.derivations import first_derivation_tokens
+from trsd.methods.trsd import cut_example
 from trsd.metrics import read_metrics
 from trsd.models import tokenizer_fingerprint
+from trsd.sentences import sentence_token_ends
+from trsd.thinking import token_texts
 from trsd.traces import read_traces
 
 
@@ -206,18 +212,80 @@ def test_palign_goes_on_from_its_verdicts_after_an_interruption(
     assert losses(tmp_path / "part") == losses(tmp_path / "whole")
 
 
-def test_trsd_can_cut_at_the_judged_prefix(run, sufficient_from):
-    sufficient_from(10)
-    folder = run(cut="judged", judge="answer", anchor_share=0.0, max_steps=1, train_batch_size=10)
-    verdicts = (folder / "traces" / "judgements.jsonl").read_text().splitlines()
-    assert all(json.loads(line)["sufficient"] in (True, False) for line in verdicts)
-    random = first(run("random", anchor_share=0.0, max_steps=1, train_batch_size=10))
-    assert first(folder)["tokens"] != random["tokens"]
+def tokens_of_cuts(folder, tokenizer, think, cut_of):
+    """What a step over all traces runs when each is cut where ``cut_of`` says."""
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    traces = read_traces(folder / "traces" / "train.jsonl", tokenizer_fingerprint=fingerprint)
+    return sum(len(cut_example(trace, 0, cut_of(trace), think).input_ids) for trace in traces)
 
 
-def test_trsd_can_cut_at_the_first_derivation(run):
-    rows = [first(run(cut, cut=cut, max_steps=1, train_batch_size=10)) for cut in ("first_derivation", "uniform")]
-    assert rows[0]["loss"] != rows[1]["loss"]
+def test_trsd_cuts_at_the_judged_prefix_and_resumes_without_asking_again(run, sufficient_from, tokenizer, think):
+    asked = sufficient_from(10)
+    texts = token_texts(tokenizer, len(tokenizer))
+    flags = dict(cut="judged", judge="answer", anchor_share=0.0, max_steps=2, train_batch_size=10, save_steps=1)
+    folder = run("judged", **flags)
+
+    def cut_of(trace):
+        ends = sentence_token_ends(trace.reasoning_ids, texts)
+        return next((end for end in ends if end >= 10), len(trace.reasoning_ids))
+
+    assert first(folder)["tokens"] == tokens_of_cuts(folder, tokenizer, think, cut_of)
+    before, rounds = losses(folder), len(asked)
+    shutil.rmtree(folder / "checkpoint-2")
+    run("judged", resume_from_checkpoint="latest", **flags)
+    assert losses(folder) == before and len(asked) == rounds
+
+
+def test_trsd_cuts_at_the_first_derivation(run, tokenizer, think):
+    texts = token_texts(tokenizer, len(tokenizer))
+    folder = run(cut="first_derivation", anchor_share=0.0, max_steps=1, train_batch_size=10)
+
+    def cut_of(trace):
+        return first_derivation_tokens(trace, texts) or len(trace.reasoning_ids)
+
+    assert first(folder)["tokens"] == tokens_of_cuts(folder, tokenizer, think, cut_of)
+
+
+def test_traces_that_judge_and_completion_have_no_room_for_are_dropped_before_any_verdict(
+    palign, sufficient_from, capsys
+):
+    asked = sufficient_from(12)
+    error = refusal(capsys, lambda: palign(max_answer_tokens=500))  # the context holds 512
+    assert "10 x no room for judge and completion in the model's context of 512" in error and not asked
+
+
+def test_top_k_of_more_tokens_than_there_are_is_refused_before_any_work(lsp, capsys, tmp_path):
+    error = refusal(capsys, lambda: lsp(teacher="top_k_cache", teacher_top_k=10**6))
+    assert "teacher_top_k: expected at most the" in error and not (tmp_path / "run").exists()
+
+
+def test_a_cache_that_the_disk_cannot_hold_is_refused_with_what_to_do(lsp, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert "use --teacher online" in refusal(capsys, lambda: lsp())
+
+
+def test_answers_end_with_what_the_chat_template_writes_whatever_the_tokenizer_calls_eos(run, tiny_folder, tokenizer):
+    """As in base models: the template closes turns with one token, and the tokenizer names another."""
+    other = AutoTokenizer.from_pretrained(tiny_folder)
+    other.eos_token = "<|endoftext|>"
+    other.save_pretrained(tiny_folder)
+    rows = [{"prompt": "How many?", "reasoning": "One and one.", "answer": "2"}]
+    data = tiny_folder.parent / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = run(method="sft", data=data, max_steps=1, train_batch_size=1)
+    (trace,) = read_traces(folder / "traces" / "train.jsonl", tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
+    ending = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert trace.answer_ids[-1] == ending
+    checkpoint = folder / "checkpoint-1"
+    assert AutoTokenizer.from_pretrained(checkpoint).eos_token == "<|im_end|>"
+    assert ending in json.loads((checkpoint / "generation_config.json").read_text())["eos_token_id"]
+
+
+def test_sft_reads_the_text_of_traces_that_another_tokenizer_wrote(run, trace_file, capsys):
+    rows = [json.loads(line) | {"tokenizer": "another"} for line in trace_file.read_text().splitlines()]
+    trace_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert first(run(method="sft", max_steps=1))["cross_entropy"] > 0
+    assert "these ids were made by tokenizer another" in refusal(capsys, lambda: run("refused", max_steps=1))
 
 
 def test_traces_without_an_answer_to_judge_by_are_kept_whole(palign, sufficient_from, finished, capsys):

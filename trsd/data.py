@@ -50,10 +50,15 @@ class Loaded:
     """Rows left out, by reason."""
 
 
-def load_data(source: str, *, tokenizer: Any, think: ThinkFormat, max_rows: int | None = None) -> Loaded:
-    """Read up to ``max_rows`` rows of ``source``; exact duplicates are dropped and counted."""
+def load_data(
+    source: str, *, tokenizer: Any, think: ThinkFormat, max_rows: int | None = None, as_text: bool = False
+) -> Loaded:
+    """Read up to ``max_rows`` rows of ``source``; exact duplicates are dropped and counted.
+
+    ``as_text``: stored traces of another tokenizer are read by their text, instead of being refused.
+    """
     loaded, seen = Loaded(), set()
-    reader = RowReader(tokenizer, think)
+    reader = RowReader(tokenizer, think, as_text=as_text)
     for where, row in islice(source_rows(source), max_rows):
         item = reader.read(row, where=where)
         if isinstance(item, str):
@@ -103,7 +108,8 @@ def source_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 class RowReader:
     """Turns rows into questions or traces; the columns decide."""
 
-    def __init__(self, tokenizer: Any, think: ThinkFormat) -> None:
+    def __init__(self, tokenizer: Any, think: ThinkFormat, *, as_text: bool = False) -> None:
+        self.as_text = as_text
         self.tokenizer = tokenizer
         self.think = think
         self.fingerprint = tokenizer_fingerprint(tokenizer)
@@ -111,6 +117,12 @@ class RowReader:
     def read(self, row: dict[str, Any], *, where: str) -> Question | Trace | str:
         """A question, a trace, or the reason why the row is dropped."""
         if "prompt_ids" in row:
+            if self.as_text and row.get("tokenizer") != self.fingerprint:
+                row = {
+                    "prompt": row.get("question"),
+                    **{name: row.get(name) for name in ("reasoning", "answer", "gold")},
+                }
+                return self.read(row, where=where)
             return trace_from_row(row, where=where, tokenizer_fingerprint=self.fingerprint)
         if "messages" in row:
             return self._messages(row, where=where)

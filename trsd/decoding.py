@@ -54,6 +54,12 @@ def _own_generation_defaults(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = shipped
 
 
+def stop_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """Tokens after which ``model`` has finished: its tokenizer's EOS and those of its generation config."""
+    eos = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *([eos] if isinstance(eos, int) else eos or [])})
+
+
 class Decoder:
     """Batched decoding with one model, tokenizer and think format."""
 
@@ -74,8 +80,7 @@ class Decoder:
         self.sampling = sampling or Sampling()
         self.progress = progress
         self.texts = token_texts(tokenizer, model.config.get_text_config().vocab_size)
-        eos = model.generation_config.eos_token_id
-        self.eos_ids = sorted({tokenizer.eos_token_id, *([eos] if isinstance(eos, int) else eos or [])})
+        self.eos_ids = stop_ids(model, tokenizer)
 
     @property
     def context_limit(self) -> int | None:

@@ -31,16 +31,17 @@ class FlopCounter:
         """Forward and backward over packed rows; ``recomputed``: activations are made again in the backward pass."""
         tokens, pairs = sum(batch.num_tokens for batch in batches), sum(batch.num_pairs for batch in batches)
         rows = sum(len(batch.labels) + len(batch.thinking_labels) for batch in batches)
-        return (4.0 if recomputed else 3.0) * self._body(tokens, pairs) + 3.0 * self._head(rows)
+        return (4.0 if recomputed else 3.0) * self._body(tokens, pairs) + 3.0 * head_flops(self.head, rows)
 
     def reading(self, examples: Sequence[Example]) -> float:
-        """Forward over sequences without branches, and the head for their labels."""
+        """The body's forward over sequences without branches."""
         lengths = [len(example.input_ids) for example in examples]
-        pairs = sum(length * (length + 1) // 2 for length in lengths)
-        return self._body(sum(lengths), pairs) + self._head(sum(len(example.labels) for example in examples))
+        return self._body(sum(lengths), sum(length * (length + 1) // 2 for length in lengths))
 
     def _body(self, num_tokens: int, num_pairs: int) -> float:
         return 2.0 * self.body * num_tokens + 4.0 * self.attention * num_pairs
 
-    def _head(self, num_rows: int) -> float:
-        return 2.0 * self.head * num_rows
+
+def head_flops(head_numel: int, num_rows: int) -> float:
+    """The product of an lm_head of ``head_numel`` weights with ``num_rows`` hidden states."""
+    return 2.0 * head_numel * num_rows

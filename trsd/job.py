@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from trsd.decoding import Decoder, Sampling
+from trsd.decoding import Decoder, Sampling, stop_ids
+from trsd.errors import InputError
 from trsd.metrics import progress_bar
 from trsd.models import check_same_tokenizer, load_model, load_tokenizer, model_folder, packed_attention_backend
 from trsd.recipe import Recipe
@@ -30,6 +31,8 @@ class Job:
         if teacher:
             other = load_tokenizer(self.teacher_folder, trust_remote_code=recipe.trust_remote_code)
             check_same_tokenizer(self.tokenizer, other, student=self.student_folder, teacher=self.teacher_folder)
+        if recipe.teacher == "top_k_cache" and recipe.teacher_top_k > self.vocab_size:
+            raise InputError(f"teacher_top_k: expected at most the {self.vocab_size} tokens of the vocabulary")
         self.think = ThinkFormat.of(
             self.tokenizer, closer=recipe.closer, open_tag=recipe.open_tag, close_tag=recipe.close_tag
         )
@@ -54,6 +57,8 @@ class Job:
         model = self._load(folder or self.student_folder, torch.float32)
         if self.recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        # So that whoever serves the checkpoint stops where its answers were taught to end.
+        model.generation_config.eos_token_id = stop_ids(model, self.tokenizer)
         return model
 
     def teacher(self) -> PreTrainedModel:
@@ -66,6 +71,10 @@ class Job:
 
     def _load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         return load_model(folder, dtype=dtype, device=self.device, trust_remote_code=self.recipe.trust_remote_code)
+
+    def student_config(self) -> Any:
+        """The student's config, without its weights."""
+        return self._config(self.student_folder)
 
     def teacher_config(self) -> Any:
         """The teacher's config, without its weights."""

@@ -8,14 +8,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trsd.batching import PackedBatch, TraceStream, pack_examples
-from trsd.flops import FlopCounter
+from trsd.flops import FlopCounter, head_flops
 from trsd.guards import clip_gradients
 from trsd.job import Job
 from trsd.methods import Method
 from trsd.models import logit_options, packed_hidden_states
 from trsd.objective import Objective
 from trsd.optim import build_optimizer, learning_rate_factor, set_learning_rate
-from trsd.teachers import OnlineTeacher, Teacher
+from trsd.teachers import HiddenCache, OnlineTeacher, Teacher
 from trsd_kernels import FusedLinearDistillation, fill_rate
 
 
@@ -84,8 +84,10 @@ class Loop:
         }
 
     def _flops(self, batches: list[PackedBatch]) -> float:
-        """Operations of the student, and of a teacher that runs beside it."""
+        """Operations of the student, of a teacher that runs beside it, and of the teacher's head."""
         total = self.flops.training(batches, recomputed=self.job.recipe.gradient_checkpointing)
+        if isinstance(self.teacher, OnlineTeacher | HiddenCache):
+            total += head_flops(self.teacher.lm_head_weight.numel(), sum(len(batch.labels) for batch in batches))
         if self.teacher_flops is None:
             return total
         # Each row asks for its traces' targets, and a trace that is in two rows runs twice.

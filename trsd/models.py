@@ -7,6 +7,7 @@ business.
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,11 +60,35 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError) as error:
         raise InputError(f"the tokenizer of {folder} cannot be loaded: {error}") from error
+    ending = turn_end(tokenizer)
+    if ending is not None and ending != tokenizer.eos_token:
+        # Base models often name another EOS than the chat template writes, and would never be seen to stop.
+        print(
+            f"note: the chat template of {folder} ends turns with {ending}, its tokenizer with {tokenizer.eos_token}: "
+            f"answers end with {ending}",
+            file=sys.stderr,
+        )
+        tokenizer.eos_token = ending
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {folder} names no EOS token: answers could never end; set eos_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def turn_end(tokenizer: Any) -> str | None:
+    """The special token that the chat template ends an assistant's turn with; None without one."""
+    if tokenizer.chat_template is None:
+        return None
+    said = "What I answer."
+    messages = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": said}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # templates raise what they like, for instance when they want a system message
+        return None
+    ids = tokenizer(text.rpartition(said)[2].strip(), add_special_tokens=False).input_ids if said in text else []
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return tokenizer.convert_ids_to_tokens(ids[0]) if ids and ids[0] in special else None
 
 
 def load_model(folder: Path, *, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -38,10 +38,14 @@ class Objective:
         shared = {"token_weights": token_weights, "num_items_in_batch": num_items_in_batch}
         if targets is None:
             return self.distill(hidden_states, lm_head_weight, None, None, labels, **shared)
-        head = lm_head_weight[: self.vocab_size]
+        head = self._shared(lm_head_weight)
         if isinstance(targets, TopKTargets):
             return distill_from_top_k(
                 hidden_states, head, targets, labels, chunk_bytes=self.chunk_bytes, **shared, **self.options
             )
-        teacher_head = targets.lm_head_weight[: self.vocab_size]
+        teacher_head = self._shared(targets.lm_head_weight)
         return self.distill(hidden_states, head, targets.hidden_states, teacher_head, labels, **shared)
+
+    def _shared(self, weight: Tensor) -> Tensor:
+        """The rows that both heads have; a slice that leaves nothing out would still cost a copy in the backward."""
+        return weight if weight.shape[0] <= self.vocab_size else weight[: self.vocab_size]

@@ -71,7 +71,8 @@ def plot_sweep(points: Sequence[dict[str, Any]], summary: dict[str, Any], path: 
     for axes in (curve, cost, loss):
         _plain(axes)
     _plot_fractions(curve, points, summary)
-    lefts = sorted((p for p in points if p["side"] == "left"), key=lambda p: p["fraction"])
+    first = next(iter(summary["curves"]))
+    shown = sorted((p for p in points if p["side"] == first or p["fraction"] == 1.0), key=lambda p: p["fraction"])
     names = {
         "tokens_per_step": "tokens",
         "teraflops_per_step": "operations",
@@ -79,13 +80,13 @@ def plot_sweep(points: Sequence[dict[str, Any]], summary: dict[str, Any], path: 
         "peak_memory_gib": "peak memory",
     }
     for (name, label), color in zip(names.items(), COLORS, strict=True):
-        values = [p[name] / lefts[-1][name] for p in lefts] if lefts else []
-        cost.plot([p["fraction"] for p in lefts], values, "o-", color=color, ms=4, lw=1.6, label=label)
-    largest = f"{lefts[-1]['fraction']:g}" if lefts else "1"
+        values = [p[name] / shown[-1][name] for p in shown]
+        cost.plot([p["fraction"] for p in shown], values, "o-", color=color, ms=4, lw=1.6, label=label)
+    largest = f"{shown[-1]['fraction']:g}"
     cost.set(xlabel="fraction of each sequence kept", ylabel=f"relative to {largest}", ylim=(0, None))
     cost.legend(frameon=False, fontsize=8)
     shades = plt.get_cmap("viridis")
-    for p in lefts:
+    for p in shown:
         smooth = _moving_mean(p["losses"], max(1, len(p["losses"]) // 20))
         loss.plot(
             range(1, len(smooth) + 1), smooth, lw=1.2, color=shades(0.9 * p["fraction"]), label=f"{p['fraction']:g}"

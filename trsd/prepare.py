@@ -6,6 +6,7 @@ with the judge's verdicts in ``judgements.jsonl``) and ``teacher/``.
 
 import gc
 import json
+import shutil
 import sys
 import time
 from collections import Counter
@@ -21,10 +22,20 @@ from trsd.errors import InputError
 from trsd.files import write_json
 from trsd.generate import generate_traces, select_traces
 from trsd.job import Job
-from trsd.judging import AnswerJudge, Judge, Ledger, Prefix, SelfJudge, find_prefixes, summarize_prefixes
+from trsd.judging import (
+    SELF_JUDGE_MAX_NEW_TOKENS,
+    SELF_JUDGE_PROMPT,
+    AnswerJudge,
+    Judge,
+    Ledger,
+    Prefix,
+    SelfJudge,
+    find_prefixes,
+    summarize_prefixes,
+)
 from trsd.methods import Method, TeacherExamples
 from trsd.methods.lsp import LSP, learnable
-from trsd.methods.palign import complete_prefixes
+from trsd.methods.palign import INSTRUCTION, complete_prefixes
 from trsd.methods.trsd import TRSD
 from trsd.metrics import progress_bar
 from trsd.models import logit_options, tokenizer_fingerprint, weights_fingerprint
@@ -93,7 +104,13 @@ def _describe(traces: Sequence[Trace], dropped: dict[str, int], what: str = "") 
 def _given_traces(job: Job) -> tuple[list[Trace], Counter[str]]:
     """(traces, dropped by reason): those in the recipe's data, or the teacher's for its questions."""
     recipe, start = job.recipe, time.perf_counter()
-    loaded = load_data(recipe.data, tokenizer=job.tokenizer, think=job.think, max_rows=recipe.max_train_samples)
+    loaded = load_data(
+        recipe.data,
+        tokenizer=job.tokenizer,
+        think=job.think,
+        max_rows=recipe.max_train_samples,
+        as_text=recipe.method in ("sft", "palign"),
+    )
     traces, dropped = loaded.traces, loaded.dropped
     if loaded.questions:
         with job.compute():
@@ -108,9 +125,26 @@ def _given_traces(job: Job) -> tuple[list[Trace], Counter[str]]:
     traces, unwanted = select_traces(
         traces, keep=recipe.filter, max_length=recipe.max_length, closer_length=len(job.think.closer_ids)
     )
+    if recipe.method == "palign":
+        traces, too_long = _within_context(job, traces)
+        unwanted += too_long
     how = "generated" if loaded.questions else "read"
     print(f"traces: {len(traces)} {how} in {time.perf_counter() - start:.0f} s", flush=True)
     return traces, dropped + unwanted
+
+
+def _within_context(job: Job, traces: list[Trace]) -> tuple[list[Trace], Counter[str]]:
+    """(traces that judge and completion have room for, dropped by reason): the longest prefix is all the reasoning."""
+    recipe, config = job.recipe, job.student_config().get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return traces, Counter()
+    asked = SELF_JUDGE_PROMPT + INSTRUCTION if recipe.judge == "self" or recipe.completion == "instruct" else ""
+    room = max(recipe.max_answer_tokens, SELF_JUDGE_MAX_NEW_TOKENS if recipe.judge == "self" else 0)
+    room += len(job.tokenizer(asked).input_ids) + len(job.think.closer_ids) + 32
+    kept = [trace for trace in traces if trace.num_tokens - len(trace.answer_ids) + room <= limit]
+    reason = f"no room for judge and completion in the model's context of {limit}"
+    return kept, Counter({reason: len(traces) - len(kept)} if len(kept) < len(traces) else {})
 
 
 def _learnable(job: Job, traces: list[Trace], dropped: Counter[str]) -> tuple[list[Trace], Counter[str]]:
@@ -220,6 +254,7 @@ def prepare_teacher(job: Job, method: Method) -> Teacher | None:
     )
     if not folder.exists():
         start = time.perf_counter()
+        _check_room(job, examples, dtype)
         online = _online_teacher(job, examples)
         shared = {"fingerprint": fingerprint, "progress": progress_bar("teacher")}
         if recipe.teacher == "top_k_cache":
@@ -233,8 +268,23 @@ def prepare_teacher(job: Job, method: Method) -> Teacher | None:
         what = "hidden states, and the lm_head" if recipe.teacher == "hidden_cache" else f"top {recipe.teacher_top_k}"
         print(f"teacher targets: {size:.1f} MiB ({what}) in {time.perf_counter() - start:.0f} s", flush=True)
     if recipe.teacher == "top_k_cache":
-        return TopKCache(folder, examples, temperature=recipe.temperature, fingerprint=fingerprint, device=job.device)
-    return HiddenCache(folder, examples, fingerprint=fingerprint, device=job.device)
+        return TopKCache(folder, temperature=recipe.temperature, fingerprint=fingerprint, device=job.device)
+    return HiddenCache(folder, fingerprint=fingerprint, device=job.device)
+
+
+def _check_room(job: Job, examples: Sequence[Example], dtype: torch.dtype) -> None:
+    """Raise before a cache is computed that the disk cannot hold."""
+    if job.recipe.teacher == "top_k_cache":
+        row = 8 * job.recipe.teacher_top_k + 4
+    else:
+        row = job.teacher_config().get_text_config().hidden_size * dtype.itemsize
+    needed = row * sum(len(example.labels) for example in examples)
+    free = shutil.disk_usage(job.output_dir).free
+    if needed > free:
+        raise InputError(
+            f"the teacher's targets would take {needed / 2**30:.1f} GiB and {job.output_dir} has {free / 2**30:.1f}: "
+            "use --teacher online, a top_k_cache of fewer tokens, or fewer traces"
+        )
 
 
 def _online_teacher(job: Job, examples: Sequence[Example]) -> OnlineTeacher:

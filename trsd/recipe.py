@@ -333,7 +333,15 @@ def _yaml_values(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return values
     beside = path.parent / str(base)
-    return _yaml_values(beside if beside.is_file() else resolve_config(str(base)), (*seen, path.resolve())) | values
+    below = _yaml_values(beside if beside.is_file() else resolve_config(str(base)), (*seen, path.resolve()))
+    if "method" in values and values["method"] != below.get("method", Recipe.method):
+        below = {name: value for name, value in below.items() if not _belongs_to_a_method(name)}
+    return below | values
+
+
+def _belongs_to_a_method(name: str) -> bool:
+    """Whether a field means something, or something else, by the method: another method starts without it."""
+    return name in METHOD_FIELDS or any(name in defaults for defaults in METHOD_DEFAULTS.values())
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -356,9 +364,17 @@ def parse_recipe(argv: list[str] | None = None) -> tuple[Recipe, str, bool]:
     parser.add_argument("--dry_run", action="store_true")
     own, rest = parser.parse_known_args(argv)
     base, name = Recipe(), "run"
-    if own.config or not _names_a_job(rest):
+    if own.config or not names_a_job(rest):
         path = resolve_config(own.config or _demo_of(rest))
         base, name = load_recipe(path), path.stem
+        if _method_of(rest) not in (None, base.method):
+            reset = {f.name: f.default for f in fields(Recipe) if _belongs_to_a_method(f.name)}
+            left_out = [key for key, value in reset.items() if getattr(base, key) != value]
+            if left_out:
+                print(
+                    f"note: {path.stem} is of method {base.method}, so left out: {', '.join(left_out)}", file=sys.stderr
+                )
+            base = replace(base, **reset)
     description = (
         "Distil a reasoning model from partial chains of thought.\n\n"
         f"--config RECIPE   a YAML file or a shipped recipe ({', '.join(shipped_recipes())}) that the flags override;\n"
@@ -379,7 +395,7 @@ def parse_recipe(argv: list[str] | None = None) -> tuple[Recipe, str, bool]:
     return with_method_defaults(recipe), name, own.dry_run
 
 
-def _names_a_job(words: list[str]) -> bool:
+def names_a_job(words: list[str]) -> bool:
     """Whether flags bring a model or data of their own, for which the demo's limits would be wrong."""
     names = {word.split("=")[0].replace("-", "_") for word in words}
     return bool(names & {"__model_name_or_path", "__data"})
@@ -387,10 +403,14 @@ def _names_a_job(words: list[str]) -> bool:
 
 def _demo_of(words: list[str]) -> str:
     """The demo of the method that flags name."""
-    spelled = [word for pair in words for word in pair.split("=", 1)]
-    method = spelled[spelled.index("--method") + 1 :][:1] if "--method" in spelled else []
-    name = f"{DEMO}-{method[0]}" if method else DEMO
+    name = f"{DEMO}-{_method_of(words)}"
     return name if name in shipped_recipes() else DEMO
+
+
+def _method_of(words: list[str]) -> str | None:
+    """The method that flags name."""
+    spelled = [word for pair in words for word in pair.split("=", 1)]
+    return spelled[spelled.index("--method") + 1] if "--method" in spelled[:-1] else None
 
 
 def shipped_recipes() -> list[str]:

@@ -27,7 +27,7 @@ from trsd.methods.lsp import learnable
 from trsd.metrics import progress_bar, read_metrics
 from trsd.models import quieten_transformers
 from trsd.prepare import sections, share_traces
-from trsd.recipe import Recipe, fail, parse_recipe, recipe_as_yaml
+from trsd.recipe import Recipe, fail, names_a_job, parse_recipe, recipe_as_yaml
 from trsd.run import FREE_TO_CHANGE, RECIPE_FILE
 from trsd.sweep_report import write_sweep
 from trsd.truncation import SIDES, build_truncation
@@ -52,7 +52,8 @@ class Setting:
 
 def settings_of(fractions: Sequence[float], sides: Sequence[str]) -> list[Setting]:
     """Every fraction on every side; the whole sequence once, for it has no sides."""
-    found = [Setting(fraction=share, side=side) for side in sides for share in sorted(set(fractions)) if share < 1]
+    shares = [share for share in sorted(set(fractions)) if share < 1]
+    found = [Setting(fraction=share, side=side) for side in dict.fromkeys(sides) for share in shares]
     whole = [Setting(fraction=1.0, side="left")] if 1.0 in fractions else []
     return found + whole
 
@@ -71,14 +72,26 @@ def run_recipe(recipe: Recipe, setting: Setting, folder: Path, traces: Path) -> 
     )
 
 
+def check_same_sweep(recipe: Recipe, output_dir: Path) -> None:
+    """Raise when ``output_dir`` holds a sweep of another recipe or data; else keep the recipe there."""
+    path = output_dir / "sweep.yaml"
+    if path.exists():
+        _refuse_changes(path, replace(recipe, keep_fraction=None, keep_side="left"))
+    write_text(path, recipe_as_yaml(replace(recipe, keep_fraction=None, keep_side="left")))
+
+
+def _refuse_changes(path: Path, recipe: Recipe) -> None:
+    stored, wanted = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(recipe_as_yaml(recipe))
+    changed = sorted(k for k in wanted if k not in FREE_TO_CHANGE and stored.get(k) != wanted[k])
+    if changed:
+        raise InputError(f"{path.parent} was made with other {', '.join(changed)}: choose another output_dir")
+
+
 def train_setting(recipe: Recipe, folder: Path, log: Path) -> None:
     """Train ``recipe`` in a process of its own unless that is done; InputError with the log's end where it fails."""
     begun = (folder / RECIPE_FILE).exists()
     if begun:
-        stored, wanted = (yaml.safe_load(text) for text in ((folder / RECIPE_FILE).read_text(), recipe_as_yaml(recipe)))
-        changed = sorted(k for k in wanted if k not in FREE_TO_CHANGE and stored.get(k) != wanted[k])
-        if changed:
-            raise InputError(f"{folder} was trained with other {', '.join(changed)}: choose another output_dir")
+        _refuse_changes(folder / RECIPE_FILE, recipe)
     if (folder / TOTALS).exists():
         return
     config = log.with_suffix(".yaml")
@@ -177,6 +190,7 @@ def sweep(
     if recipe.eval_data is None:
         raise InputError("a sweep needs eval_data: questions with reference answers")
     output_dir.mkdir(parents=True, exist_ok=True)
+    check_same_sweep(recipe, output_dir)
     job = Job(replace(recipe, output_dir=str(output_dir)), output_dir)
     evaluator = Evaluator(job, num_samples=num_samples, sampling=sampling or Sampling())
     before = evaluator(job.student_folder, output_dir / "before" / EVALUATION)
@@ -217,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--temperature_eval", type=float, default=0.0, help="of those samples; 0 is greedy")
     parser.add_argument("--top_p_eval", type=float, default=1.0, help="nucleus mass of those samples")
     own, rest = parser.parse_known_args(argv)
-    if not {"--config", "--method"} & {word.split("=")[0] for word in rest}:
+    if not names_a_job(rest) and not {"--config", "--method"} & {word.split("=")[0] for word in rest}:
         rest = ["--config", "demo-lsp", *rest]
     recipe, _, dry_run = parse_recipe(rest)
     try:
@@ -228,6 +242,10 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"--fractions: expected more than 0 and at most 1, got {bad}")
     if unknown := set(own.sides.split(",")) - set(SIDES):
         fail(f"--sides: expected some of {', '.join(SIDES)}, got {', '.join(sorted(unknown))}")
+    if own.num_samples < 1 or (own.num_samples > 1 and own.temperature_eval == 0):
+        fail("--num_samples: expected at least 1, and more than 1 only with --temperature_eval: greedy ones are equal")
+    if own.temperature_eval < 0 or not 0 < own.top_p_eval <= 1:
+        fail("--temperature_eval, --top_p_eval: expected 0 or more, and more than 0 up to 1")
     settings = settings_of(fractions, own.sides.split(","))
     if dry_run:
         print("\n".join(setting.name for setting in settings) + f"\n\n{recipe_as_yaml(recipe)}", end="")

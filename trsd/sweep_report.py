@@ -22,9 +22,14 @@ from trsd.recipe import Recipe
 Point = dict[str, Any]
 
 
+def curve_of(points: Sequence[Point], side: str) -> list[Point]:
+    """The points of one side by rising fraction, the whole sequence, which all sides share, at the end."""
+    return sorted((p for p in points if p["side"] == side or p["fraction"] == 1.0), key=lambda p: p["fraction"])
+
+
 def knee(fractions: Sequence[float], accuracy: Sequence[float]) -> float | None:
     """Where the curve stops to rise steeply (Kneedle, Satopaa et al. 2011), None where it has no knee."""
-    if len(fractions) < 3:
+    if len(fractions) < 3 or min(accuracy) == max(accuracy):
         return None
     try:
         from kneed import KneeLocator
@@ -57,11 +62,13 @@ def summarise(points: Sequence[Point], before: dict[str, Any]) -> dict[str, Any]
             row["loss_gap_to_whole"] = loss_gap(point["losses"], whole["losses"])
         rows.append(row)
     curves = {}
-    for side in dict.fromkeys(point["side"] for point in points):
-        curve = [p for p in points if p["side"] == side or p["fraction"] == 1.0]
+    for side in dict.fromkeys(point["side"] for point in points if point["fraction"] < 1.0 or len(points) == 1):
+        curve = curve_of(points, side)
+        kept = [p["accuracy"] / whole["accuracy"] for p in curve[:-1]] if whole and whole["accuracy"] else []
         curves[side] = {
             "fractions": [p["fraction"] for p in curve],
             "knee": knee([p["fraction"] for p in curve], [p["accuracy"] for p in curve]),
+            "retention": {"mean": sum(kept) / len(kept), "min": min(kept), "max": max(kept)} if kept else None,
         }
     by_setting = {(point["side"], point["fraction"]): point for point in points}
     versus = []
@@ -78,14 +85,11 @@ def summarise(points: Sequence[Point], before: dict[str, Any]) -> dict[str, Any]
                 "loss_gap": loss_gap(left["losses"], point["losses"]),
             }
         )
-    kept = [row["retention"] for row in rows if row.get("retention") is not None and row["fraction"] < 1]
-    retention = {"mean": sum(kept) / len(kept), "min": min(kept), "max": max(kept)} if kept else None
     return {
         "before": {"accuracy": before["accuracy"], "termination_rate": before["termination_rate"]},
         "points": rows,
         "curves": curves,
         "sides": versus,
-        "retention": retention,
     }
 
 
@@ -106,11 +110,10 @@ def markdown(summary: dict[str, Any], recipe: Recipe) -> str:
             f"{row['accuracy_of_whole_text']:.3f} | {row['termination_rate']:.0%} | "
             f"{_gap(row.get('loss_gap_to_whole'))} |"
         )
-    if summary["retention"]:
-        lines += ["", "Retention below the whole: " + _spread(summary["retention"])]
     for side, curve in summary["curves"].items():
-        if curve["knee"] is not None:
-            lines += ["", f"Knee of the {side} curve: {curve['knee']:g}"]
+        said = [] if curve["knee"] is None else [f"knee at {curve['knee']:g}"]
+        said += [f"retention below the whole {_spread(curve['retention'])}"] if curve["retention"] else []
+        lines += ["", f"Curve of the {side}: " + "; ".join(said) + "."] if said else []
     lines += ["", "| kept | tokens a step | TFLOP a step | step, s | peak memory, GiB |", "|---|---|---|---|---|"]
     for row in summary["points"]:
         lines.append(
@@ -134,7 +137,7 @@ def _gap(gap: dict[str, float] | None) -> str:
 
 
 def _spread(values: dict[str, float]) -> str:
-    return f"mean {values['mean']:.1%}, least {values['min']:.1%}, most {values['max']:.1%}."
+    return f"mean {values['mean']:.1%}, least {values['min']:.1%}, most {values['max']:.1%}"
 
 
 def write_sweep(output_dir: Path, recipe: Recipe, points: Sequence[Point], before: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,7 +28,7 @@ from trsd.errors import InputError
 from trsd.models import packed_hidden_states
 from trsd_kernels import TopKTargets, top_k_targets
 
-TRACES_PER_SHARD = 512
+TRACES_PER_SHARD = 128
 HEAD_FILE = "lm_head.safetensors"
 STALE = "delete the folder and it is computed again"
 
@@ -67,13 +68,22 @@ class OnlineTeacher:
     @torch.no_grad()
     def hidden_states(self, trace_indices: Sequence[int]) -> Tensor:
         """Final hidden states at the target rows of the traces, [num_rows, teacher_hidden_size]."""
-        parts: dict[int, Tensor] = {}
+        parts = dict(self.each(trace_indices, lambda hidden: {"hidden": hidden}))
+        return torch.cat([parts[index]["hidden"] for index in trace_indices])
+
+    @torch.no_grad()
+    def each(
+        self, trace_indices: Sequence[int], rows_of: Callable[[Tensor], dict[str, Tensor]]
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """(trace, what ``rows_of`` makes of its hidden states), once for each trace, a packed row at a time."""
         examples = [self.examples[index] for index in dict.fromkeys(trace_indices)]
+        lengths = {example.trace_index: len(example.labels) for example in examples}
         for batch in pack_examples(examples, self.max_tokens, self.model.device):
             hidden = packed_hidden_states(self.model, batch.input_ids, batch.layout, backend=self.backend)[batch.rows]
-            lengths = [len(self.examples[index].labels) for index in batch.trace_indices]
-            parts.update(zip(batch.trace_indices, hidden.split(lengths), strict=True))
-        return torch.cat([parts[index] for index in trace_indices])
+            tensors, counts = rows_of(hidden), [lengths[index] for index in batch.trace_indices]
+            pieces = {name: tensor.split(counts) for name, tensor in tensors.items()}
+            for place, index in enumerate(batch.trace_indices):
+                yield index, {name: piece[place] for name, piece in pieces.items()}
 
 
 def cache_fingerprint(
@@ -116,15 +126,18 @@ def _write_shards(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Every shard's tensors, made from its hidden states, and the manifest."""
-    num_traces = len(teacher.examples)
+    num_traces, num_rows = len(teacher.examples), []
     for start in range(0, num_traces, TRACES_PER_SHARD):
         indices = range(start, min(start + TRACES_PER_SHARD, num_traces))
-        tensors = rows_of(teacher.hidden_states(indices))
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        # Off the device a packed row at a time: the rows of many long traces would fill it.
+        found = teacher.each(indices, lambda hidden: {name: part.cpu() for name, part in rows_of(hidden).items()})
+        parts = [part for _, part in sorted(found, key=itemgetter(0))]
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         save_file(tensors, folder / _shard_name(start // TRACES_PER_SHARD))
+        num_rows += [len(next(iter(part.values()))) for part in parts]
         if progress:
             progress(indices.stop, num_traces)
-    manifest = {"fingerprint": fingerprint, "num_traces": num_traces, "traces_per_shard": TRACES_PER_SHARD}
+    manifest = {"fingerprint": fingerprint, "rows_per_trace": num_rows, "traces_per_shard": TRACES_PER_SHARD}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -180,7 +193,7 @@ def _shard_name(number: int) -> str:
 class _Shards:
     """Rows of tensors read from a cache's ``folder``, a slice of a memory-mapped shard per trace."""
 
-    def __init__(self, folder: Path, examples: Sequence[Example], names: Sequence[str], fingerprint: dict[str, str]):
+    def __init__(self, folder: Path, names: Sequence[str], fingerprint: dict[str, str]):
         manifest = read_manifest(folder)
         stored = manifest["fingerprint"]
         changed = sorted(name for name in {*fingerprint, *stored} if stored.get(name) != fingerprint.get(name))
@@ -191,7 +204,7 @@ class _Shards:
             )
         self.names = names
         self.traces_per_shard = manifest["traces_per_shard"]
-        lengths = torch.tensor([len(example.labels) for example in examples])
+        lengths = torch.tensor(manifest["rows_per_trace"])
         self._ends = [part.cumsum(0).tolist() for part in lengths.split(self.traces_per_shard)]
         self._shards = []
         for number, ends in enumerate(self._ends):
@@ -218,12 +231,10 @@ class _Shards:
 class HiddenCache:
     """Hidden states that ``build_hidden_cache`` stored."""
 
-    def __init__(
-        self, folder: Path, examples: Sequence[Example], *, fingerprint: dict[str, str], device: torch.device | str
-    ) -> None:
+    def __init__(self, folder: Path, *, fingerprint: dict[str, str], device: torch.device | str) -> None:
         """Raises InputError when the cache was made from anything else than ``fingerprint`` says."""
         self.device = device
-        self._shards = _Shards(folder, examples, ("hidden_states",), fingerprint)
+        self._shards = _Shards(folder, ("hidden_states",), fingerprint)
         with safe_open(folder / HEAD_FILE, framework="pt") as head:
             self.lm_head_weight = head.get_tensor("weight").to(device)
 
@@ -238,7 +249,6 @@ class TopKCache:
     def __init__(
         self,
         folder: Path,
-        examples: Sequence[Example],
         *,
         temperature: float,
         fingerprint: dict[str, str],
@@ -247,7 +257,7 @@ class TopKCache:
         """Raises InputError when the cache was made from anything else than ``fingerprint`` says."""
         self.device = device
         self.temperature = temperature
-        self._shards = _Shards(folder, examples, ("token_ids", "log_probs", "tail_log_mass"), fingerprint)
+        self._shards = _Shards(folder, ("token_ids", "log_probs", "tail_log_mass"), fingerprint)
 
     def targets(self, trace_indices: Sequence[int]) -> TopKTargets:
         ids, log_probs, tail = (tensor.to(self.device) for tensor in self._shards.rows(trace_indices))
