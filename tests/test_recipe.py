@@ -194,7 +194,7 @@ def test_another_method_over_a_recipe_starts_from_its_own_defaults_and_says_so(w
     assert (recipe.alpha, recipe.keep_fraction, recipe.loss_sections, recipe.teacher) == (0, 1, "cot+a", "hidden_cache")
     assert (recipe.learning_rate, recipe.model_name_or_path) == (base.learning_rate, base.model_name_or_path)
     said = capsys.readouterr().err
-    assert "lsp-qwen3-8b-4b is of method lsp; left out of it: " in said and "keep_fraction" in said
+    assert "lsp-qwen3-8b-4b is of method lsp, so left out: keep_fraction, teacher, alpha" in said
     resolved = write(recipe_as_yaml(base))
     assert parse_recipe(["--config", resolved, "--method", "sft", "--keep_fraction", "0.7"])[0].keep_fraction == 0.7
     assert parse_recipe(["--config", write("base: lsp-qwen3-8b-4b\nmethod: sft\n")])[0] == recipe

@@ -72,14 +72,16 @@ class Decoder:
         batch_size: int = 128,
         sampling: Sampling | None = None,
         progress: Progress | None = None,
+        texts: Sequence[str] | None = None,
     ) -> None:
+        """Take a model and how it is to write; ``texts`` are its ``token_texts``, where they are at hand."""
         self.model = model
         self.tokenizer = tokenizer
         self.think = think
         self.batch_size = batch_size
         self.sampling = sampling or Sampling()
         self.progress = progress
-        self.texts = token_texts(tokenizer, model.config.get_text_config().vocab_size)
+        self.texts = texts or token_texts(tokenizer, model.config.get_text_config().vocab_size)
         self.eos_ids = stop_ids(model, tokenizer)
 
     @property

@@ -101,9 +101,14 @@ class Job:
 
     def decoder(self, model: PreTrainedModel, what: str, sampling: Sampling | None = None) -> Decoder:
         """A decoder of ``model`` with this run's think format."""
-        size = self.recipe.generation_batch_size
         return Decoder(
-            model, self.tokenizer, self.think, batch_size=size, sampling=sampling, progress=progress_bar(what)
+            model,
+            self.tokenizer,
+            self.think,
+            batch_size=self.recipe.generation_batch_size,
+            sampling=sampling,
+            progress=progress_bar(what),
+            texts=self.texts,
         )
 
     def sampling(self) -> Sampling:

@@ -195,9 +195,8 @@ def _completed(job: Job, traces: list[Trace]) -> tuple[list[Trace], Counter[str]
 def truncation(job: Job) -> Truncation:
     """What the recipe keeps of each sequence; all of it where the method does not cut."""
     recipe = job.recipe
-    return build_truncation(
-        recipe.truncation, share=recipe.keep_fraction or 1.0, side=recipe.keep_side, texts=job.texts
-    )
+    texts = job.texts if recipe.truncation == "first_derivation" else ()  # seconds, for a large vocabulary
+    return build_truncation(recipe.truncation, share=recipe.keep_fraction or 1.0, side=recipe.keep_side, texts=texts)
 
 
 def sections(job: Job) -> tuple[str, ...]:
@@ -218,7 +217,7 @@ def build_method(job: Job, traces: Sequence[Trace]) -> Method:
         recipe.cut,
         cut_fractions=recipe.cut_fractions,
         cut_budgets=recipe.cut_budgets,
-        texts=job.texts,
+        texts=job.texts if recipe.cut == "first_derivation" else (),
         judged_cuts=judged,
         anchor=recipe.anchor_share,
     )

@@ -368,13 +368,7 @@ def parse_recipe(argv: list[str] | None = None) -> tuple[Recipe, str, bool]:
         path = resolve_config(own.config or _demo_of(rest))
         base, name = load_recipe(path), path.stem
         if _method_of(rest) not in (None, base.method):
-            reset = {f.name: f.default for f in fields(Recipe) if _belongs_to_a_method(f.name)}
-            left_out = [key for key, value in reset.items() if getattr(base, key) != value]
-            if left_out:
-                print(
-                    f"note: {path.stem} is of method {base.method}, so left out: {', '.join(left_out)}", file=sys.stderr
-                )
-            base = replace(base, **reset)
+            base = _without_method_fields(base, name)
     description = (
         "Distil a reasoning model from partial chains of thought.\n\n"
         f"--config RECIPE   a YAML file or a shipped recipe ({', '.join(shipped_recipes())}) that the flags override;\n"
@@ -405,6 +399,14 @@ def _demo_of(words: list[str]) -> str:
     """The demo of the method that flags name."""
     name = f"{DEMO}-{_method_of(words)}"
     return name if name in shipped_recipes() else DEMO
+
+
+def _without_method_fields(recipe: Recipe, name: str) -> Recipe:
+    """``recipe`` for another method: what belongs to a method is left out of it, and said."""
+    reset = {field.name: field.default for field in fields(Recipe) if _belongs_to_a_method(field.name)}
+    if said := [key for key, value in reset.items() if getattr(recipe, key) != value]:
+        print(f"note: {name} is of method {recipe.method}, so left out: {', '.join(said)}", file=sys.stderr)
+    return replace(recipe, **reset)
 
 
 def _method_of(words: list[str]) -> str | None:

@@ -18,13 +18,13 @@ from typing import Any
 import yaml
 
 from trsd.data import load_data
-from trsd.decoding import Decoder, Sampling
+from trsd.decoding import Sampling
 from trsd.errors import InputError
 from trsd.evaluate import evaluate, graded_questions
 from trsd.files import write_json, write_text
 from trsd.job import Job
 from trsd.methods.lsp import learnable
-from trsd.metrics import progress_bar, read_metrics
+from trsd.metrics import read_metrics
 from trsd.models import quieten_transformers
 from trsd.prepare import sections, share_traces
 from trsd.recipe import Recipe, fail, names_a_job, parse_recipe, recipe_as_yaml
@@ -128,14 +128,7 @@ class Evaluator:
                 raise InputError(f"{path} was evaluated with other samples: delete it, or give the same options")
             return result
         recipe, job = self.job.recipe, self.job
-        decoder = Decoder(
-            job.reader(model_folder),
-            job.tokenizer,
-            job.think,
-            batch_size=recipe.generation_batch_size,
-            sampling=self.sampling,
-            progress=progress_bar(f"evaluate {path.parent.name}"),
-        )
+        decoder = job.decoder(job.reader(model_folder), f"evaluate {path.parent.name}", self.sampling)
         with job.compute():
             result = evaluate(
                 decoder,
@@ -198,7 +191,7 @@ def sweep(
     points = []
     for number, setting in enumerate(settings, start=1):
         folder = output_dir / setting.name
-        truncation = build_truncation(recipe.truncation, share=setting.fraction, side=setting.side, texts=job.texts)
+        truncation = build_truncation(recipe.truncation, share=setting.fraction, side=setting.side, texts=())
         if not learnable(shared, truncation, sections(job))[0]:
             say(f"{number}/{len(settings)}  {setting.name:<10}  left out: the cut leaves nothing to learn")
             continue
