@@ -111,7 +111,7 @@ def test_the_summary_of_known_traces_is_exact(trace_file, tmp_path, capsys):
     path, traces = trace_file
     analyze("--data", path, "--tokenizer", REASONER, "--output_dir", tmp_path / "out")
     summary = read(tmp_path / "out")
-    rows = [json.loads(line) for line in (tmp_path / "out" / "traces.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "measures.jsonl").read_text().splitlines()]
     assert summary["num_traces"] == len(rows) == 4 and summary["dropped"] == {}
     shares = [section["mean_share"] for name, section in summary["sections"].items() if name != "full"]
     assert sum(shares) == pytest.approx(1.0)
@@ -135,7 +135,7 @@ def test_a_student_adds_its_rank_surprisal_ratio(trace_file, tmp_path, tiny_fold
     found = rank_surprisal(load_for_decoding(tiny_folder), traces)
     summary = read(tmp_path / "out")
     assert summary["rank_surprisal"]["ratio"] == pytest.approx(dataset_ratio(found), rel=1e-4)
-    rows = [json.loads(line) for line in (tmp_path / "out" / "traces.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "measures.jsonl").read_text().splitlines()]
     assert [row["rank_surprisal_ratio"] for row in rows] == pytest.approx([one.ratio for one in found], rel=1e-4)
 
 
@@ -352,7 +352,7 @@ def test_the_judges_verdicts_stand_beside_the_finders(trace_file, tmp_path):
     assert (summary["num_asked"], summary["num_readable"], summary["num_same"]) == (4, 3, 1)
     assert (summary["num_within_one"], summary["num_none"]) == (2, 1)
     assert summary["problems"] == {"no sentence number in the reply": 1}
-    rows = [json.loads(line) for line in (tmp_path / "out" / "traces.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "measures.jsonl").read_text().splitlines()]
     assert [row["finder_sentence"] for row in rows] == [1] * 4
     assert [row["judge_sentence"] for row in rows] == [1, 2, 0, None]
 

@@ -1,9 +1,10 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from trsd.data import NO_ANSWER, NO_CLOSE, describe_drops, load_data
+from trsd.data import NO_ANSWER, NO_CLOSE, RowReader, describe_drops, load_data
 from trsd.errors import InputError
 from trsd.traces import write_traces
 
@@ -120,3 +121,61 @@ def test_a_reasoning_column_makes_a_trace_whatever_the_question_is_called(load):
 def test_several_samples_of_a_question_are_kept(load):
     row = {"prompt": "How many?", "answer": "It is 4."}
     assert len(load(*({**row, "reasoning": text} for text in ("2+2", "1+3"))).traces) == 2
+
+
+@pytest.mark.parametrize(
+    "row,reason",
+    [
+        ({"prompt": "b", "reasoning": "x<|im_end|>", "answer": "y"}, "special token inside the text"),
+        ({"prompt": "b", "reasoning": "x", "answer": "y<|im_end|> z"}, "special token inside the text"),
+        ({"prompt": "b", "reasoning": "x", "answer": "y </think> z"}, "close tag inside the reasoning or the answer"),
+    ],
+)
+def test_text_that_would_end_early_is_dropped_by_reason(tokenizer, think, row, reason):
+    assert RowReader(tokenizer, think).read(row, where="f:1") == reason
+
+
+def test_a_tag_or_an_end_that_a_corpus_writes_itself_is_not_doubled(tokenizer, think):
+    reader = RowReader(tokenizer, think)
+    plain = reader.read({"prompt": "b", "reasoning": "x", "answer": "y"}, where="f:1")
+    written = reader.read({"prompt": "b", "reasoning": "<think>\nx", "answer": "y<|im_end|>"}, where="f:1")
+    assert written == plain
+
+
+def stored_row(traces, **changes):
+    return json.loads(json.dumps(asdict(traces[0]))) | changes
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"answer_ids": [999999]}, "token 999999 is none of the tokenizer's"),
+        ({"answer_ids": [10**30]}, "answer_ids must be a list of token ids"),
+        ({"answer_ids": [True]}, "answer_ids must be a list of token ids"),
+        ({"close_ids": [9]}, "without the close_tag '</think>'"),
+        ({"closed": "no"}, "closed must be true or false"),
+        ({"sampling": "{broken"}, "sampling is no JSON"),
+        ({"sampling": 5}, "sampling an object"),
+    ],
+)
+def test_a_stored_trace_that_is_damaged_is_refused_by_its_row(tokenizer, think, traces, changes, message):
+    with pytest.raises(InputError, match=f"f:1: .*{message}"):
+        RowReader(tokenizer, think).read(stored_row(traces, **changes), where="f:1")
+
+
+@pytest.mark.parametrize("line", [b'"a": ' + b"1" * 5000, b"[" * 200_000, b'{"a": ' + b"7" * 5000 + b"}"])
+def test_a_line_that_breaks_the_parser_is_refused_by_its_number(tmp_path, tokenizer, think, line):
+    (tmp_path / "d.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(InputError, match="d.jsonl:1: not a JSON row"):
+        load_data(str(tmp_path / "d.jsonl"), tokenizer=tokenizer, think=think)
+
+
+def test_half_a_character_is_refused_by_its_row(tokenizer, think):
+    with pytest.raises(InputError, match="f:1: reasoning holds half a character"):
+        RowReader(tokenizer, think).read({"prompt": "b", "reasoning": "b\ud800", "answer": "y"}, where="f:1")
+
+
+def test_a_file_that_is_no_parquet_is_refused(tmp_path, tokenizer, think):
+    (tmp_path / "d.parquet").write_text("no")
+    with pytest.raises(InputError, match="is no parquet file"):
+        load_data(str(tmp_path / "d.parquet"), tokenizer=tokenizer, think=think)

@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import make_tiny_model
 
-from trsd.decoding import Decoder, Sampling
+from trsd.decoding import Decoder, Sampling, check_decoding
+from trsd.errors import InputError
 from trsd.models import PACKED_ATTENTION
 
 
@@ -158,3 +161,25 @@ def test_padding_holds_no_token_that_a_repetition_penalty_would_add(tokenizer, t
     rows, contexts = [], [[5, 6, 7, 8, 9], [10, 11]]
     Decoder(Watched(tokenizer, "3", "3"), tokenizer, think).complete(contexts, max_new_tokens=3)
     assert [set(row) for row in rows] == [set(context) for context in contexts]
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (dict(batch_size=0), "batch_size"),
+        (dict(max_thinking_tokens=-3), "max_thinking_tokens"),
+        (dict(max_answer_tokens=0), "max_answer_tokens"),
+        (dict(max_samples=-1), "max_samples"),
+        (dict(temperature=-1.0), "temperature"),
+        (dict(temperature=float("nan")), "temperature"),
+        (dict(temperature=1e-40), "temperature"),
+        (dict(top_p=0.0), "top_p"),
+        (dict(top_p=2.0), "top_p"),
+        (dict(seed=2**64), "seed"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_by_field(changes, message):
+    fine = dict(max_thinking_tokens=1, max_answer_tokens=1, batch_size=1, max_samples=None, temperature=0.0, top_p=1.0)
+    check_decoding(SimpleNamespace(**fine, seed=0))
+    with pytest.raises(InputError, match=f"^{message}: expected"):
+        check_decoding(SimpleNamespace(**{**fine, "seed": 0, **changes}))

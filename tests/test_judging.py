@@ -1,19 +1,21 @@
 import json
 import math
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
-from conftest import make_tiny_model
+from conftest import REASONER, make_tiny_model, make_traces
 from hypothesis import given
 from hypothesis import strategies as st
 from test_decoding import Scripted
 
 from trsd import judging
 from trsd.decoding import Decoder, Sampling
+from trsd.demo.problems import draw_problems
 from trsd.errors import InputError
-from trsd.grading import extract_answer
 from trsd.judging import AnswerJudge, Ledger, SelfJudge, find_prefixes, read_verdict, summarize_prefixes
+from trsd.models import load_model
 from trsd.sentences import sentence_token_ends
 from trsd.traces import Trace
 
@@ -275,19 +277,47 @@ def test_a_judge_refuses_to_sample(tokenizer, think):
         AnswerJudge(scripted_decoder(tokenizer, think, "3", temperature=0.6), 8, weights="w")
 
 
-def test_a_real_models_answers_decide_its_prefixes(tokenizer, think, traces):
-    model = make_tiny_model(tokenizer, dtype=torch.float64)
-    decoder = Decoder(model, tokenizer, think)
-    contexts = [[*trace.prompt_ids, *trace.reasoning_ids, *trace.close_ids] for trace in traces]
-    # References are what the model says after all of the reasoning, so that the longest prefix suffices.
-    said = [extract_answer(tokenizer.decode(ids)) for ids in decoder.complete(contexts, max_new_tokens=8)]
-    traces = [replace(trace, gold=None, answer=f"\\boxed{{{a}}}") for trace, a in zip(traces, said, strict=True) if a]
+def test_a_real_models_answers_decide_its_prefixes(tokenizer, think):
+    """The bundled reasoner on whole worked solutions, after which it answers right."""
+    problems = list(islice(draw_problems("train", seed=9), 4))
+    fillers = make_traces(tokenizer, think, 4, seed=9)
+    traces = [
+        replace(
+            trace,
+            reasoning_ids=tokenizer(problem.reasoning, add_special_tokens=False).input_ids,
+            reasoning=problem.reasoning,
+        )
+        for trace, problem in zip(fillers, problems, strict=True)
+    ]
+    assert [trace.question for trace in traces] == [problem.question for problem in problems]
+    decoder = Decoder(load_model(REASONER, dtype=torch.float32, device="cpu"), tokenizer, think)
     ends = [sentence_token_ends(trace.reasoning_ids, decoder.texts) for trace in traces]
-    prefixes = find_prefixes(traces, AnswerJudge(decoder, 8, weights="w"), ends)
-    assert prefixes and all(prefix.sufficient for prefix in prefixes)
+    judge = AnswerJudge(decoder, 32, weights="w")
+    prefixes = find_prefixes(traces, judge, ends)
+    assert all(prefix.sufficient for prefix in prefixes)
     for trace, prefix, counts in zip(traces, prefixes, ends, strict=True):
         assert prefix.cut == counts[prefix.num_sentences - 1] and prefix.num_unreadable == 0
-        assert AnswerJudge(decoder, 8, weights="w").judge([(trace, prefix.cut)]) == [True]
+        assert judge.judge([(trace, prefix.cut)]) == [True]
+
+
+@pytest.mark.parametrize(
+    "reply,ended,verdict",
+    [
+        (r"So \boxed{7}.", True, True),
+        (r"So \boxed{7}.", False, False),  # it would have gone on
+        ("He sold 3, then 4 more: 7", True, False),  # a number that happens to fit
+        (r"So \boxed{8}.", True, False),
+    ],
+)
+def test_a_verdict_needs_an_answer_that_is_stated_and_ended(tokenizer, think, traces, reply, ended, verdict):
+    ids = tokenizer(reply, add_special_tokens=False).input_ids
+    decoder = scripted_decoder(tokenizer, think, reply)
+    decoder.complete = lambda contexts, max_new_tokens: [ids + [tokenizer.eos_token_id] * ended for _ in contexts]
+    trace = replace(traces[0], gold="7", answer=r"There are \boxed{7}.")
+    assert AnswerJudge(decoder, 32, weights="w").judge([(trace, 3)]) == [verdict]
+    unstated = replace(trace, answer="There are 7.")
+    stated = verdict or (ended and reply[-1] == "7")
+    assert AnswerJudge(decoder, 32, weights="w").judge([(unstated, 3)]) == [stated]
 
 
 def test_a_real_model_that_babbles_leaves_unreadable_verdicts(tokenizer, think, traces, monkeypatch):

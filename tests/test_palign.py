@@ -91,7 +91,7 @@ def test_draft_tags_give_the_released_form(tokenizer, traces):
 @pytest.mark.parametrize(
     "text,reason",
     [
-        ("3 " * 40, "completion cut off by its limit"),
+        ("3 " * 40, "completion cut off by max_answer_tokens"),
         ("", NO_ANSWER),
         (" \n", NO_ANSWER),
         ("3</think>3", "close tag inside the completion"),
@@ -105,9 +105,9 @@ def test_completions_that_cannot_be_learnt_are_dropped_by_reason(tokenizer, thin
 def test_wrong_completions_are_dropped_only_where_asked(tokenizer, think, traces):
     three = [replace(traces[0], gold="12"), replace(traces[1], gold="5"), replace(traces[2], gold=None)]
     prefixes = [prefix_of(trace, 2) for trace in three]
-    new, dropped, _ = complete(tokenizer, think, three, prefixes, "It is 12.")
+    new, dropped, _ = complete(tokenizer, think, three, prefixes, r"It is \boxed{12}.")
     assert [trace.correct for trace in new] == [True, False, None] and not dropped
-    kept, dropped, _ = complete(tokenizer, think, three, prefixes, "It is 12.", keep="correct_only")
+    kept, dropped, _ = complete(tokenizer, think, three, prefixes, r"It is \boxed{12}.", keep="correct_only")
     assert kept == new[:1]
     assert dropped == {"wrong answer": 1, "no reference answer to compare with": 1}
 

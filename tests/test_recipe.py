@@ -178,7 +178,7 @@ def test_a_method_alone_is_its_demo(words):
         ("method: lsp\n", "teacher_model_name_or_path: lsp learns from a larger teacher"),
         ("method: sft\nkeep_fraction: 0\n", "keep_fraction: expected more than 0"),
         ("method: sft\ncut: budgets\n", "cut: method sft does not read it"),
-        ("keep_fraction: 0.5\n", "keep_fraction: method trsd does not read it (lsp and sft do)"),
+        ("keep_fraction: 0.5\n", "keep_fraction: method trsd does not read it (methods that do: lsp, sft)"),
         ("method: sft\ntruncation: endpoints\nkeep_side: right\n", "keeps both ends"),
         ("method: sft\ntruncation: first_derivation\nkeep_fraction: 0.3\n", "decides by itself"),
         ("teacher_top_k: 0\n", "teacher_top_k: expected at least 1"),

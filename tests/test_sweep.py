@@ -31,6 +31,13 @@ def test_the_knee_of_a_curve_that_saturates_is_where_it_bends():
     assert knee(fractions[:2], [0.1, 0.2]) is None and knee(fractions, [0.3] * 10) is None
 
 
+def test_the_knee_of_a_curve_that_rises_late_is_its_shoulder_and_a_convex_one_has_none():
+    fractions = [i / 10 for i in range(1, 11)]
+    late = [0.03, 0.03, 0.13, 0.47, 0.72, 0.73, 0.75, 0.75, 0.75, 0.76]
+    assert knee(fractions, late) == 0.5
+    assert knee(fractions, [share**3 for share in fractions]) is None
+
+
 def test_loss_gap_is_relative_and_over_the_steps_both_have():
     gap = loss_gap([2.0, 3.0, 9.0], [1.0, 2.0])
     assert gap == {"mean": pytest.approx(0.75), "last": pytest.approx(0.5)}
@@ -123,6 +130,8 @@ def test_a_sweep_trains_evaluates_reports_and_resumes(words, tmp_path, capsys, m
     "name,value", [("data", "/nowhere.jsonl"), ("eval_data", "x.jsonl"), ("max_train_samples", "1")]
 )
 def test_a_sweep_never_passes_old_results_off_for_other_data(words, tmp_path, capsys, name, value):
+    (tmp_path / "x.jsonl").write_text('{"question": "And 2 and 2?", "answer": "4"}\n')
+    value = str(tmp_path / value) if name == "eval_data" else value
     sweep.main([*words, "--fractions", "1.0"])
     with pytest.raises(SystemExit) as exit_:
         sweep.main([*words, "--fractions", "1.0", f"--{name}", value])

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from trsd.errors import InputError
 from trsd.thinking import CLOSERS, ThinkFormat, encode_exactly, sentence_ends, token_texts
 
 
@@ -151,3 +152,11 @@ def test_draft_tags_close_as_in_the_released_outputs(tokenizer):
     assert tokenizer.decode(think.natural_close_ids) == think.closer == "<End_of_Draft>\n"
     early = ThinkFormat.of(tokenizer, closer="qwen3_early_stop", **DRAFT)
     assert early.closer.endswith("directly now.\n<End_of_Draft>.\n\n") and early.natural_close_ids == think.closer_ids
+
+
+@pytest.mark.parametrize(
+    "tags", [("", "</think>"), ("<think>", ""), ("<think>", "<think>"), ("<think>", "<|im_end|>"), ("<|im_end|>", "x")]
+)
+def test_tags_that_say_nothing_are_refused(tokenizer, tags):
+    with pytest.raises(InputError, match="two texts that differ from each other and from the EOS"):
+        ThinkFormat.of(tokenizer, open_tag=tags[0], close_tag=tags[1])

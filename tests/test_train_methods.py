@@ -223,6 +223,7 @@ def test_trsd_cuts_at_the_judged_prefix_and_resumes_without_asking_again(run, su
     asked = sufficient_from(10)
     texts = token_texts(tokenizer, len(tokenizer))
     flags = dict(cut="judged", judge="answer", anchor_share=0.0, max_steps=2, train_batch_size=10, save_steps=1)
+    flags["max_answer_tokens"] = 12
     folder = run("judged", **flags)
 
     def cut_of(trace):
@@ -251,7 +252,7 @@ def test_traces_that_judge_and_completion_have_no_room_for_are_dropped_before_an
 ):
     asked = sufficient_from(12)
     error = refusal(capsys, lambda: palign(max_answer_tokens=500))  # the context holds 512
-    assert "10 x no room for judge and completion in the model's context of 512" in error and not asked
+    assert "10 x no room for judge and completion in a context of 512" in error and not asked
 
 
 def test_top_k_of_more_tokens_than_there_are_is_refused_before_any_work(lsp, capsys, tmp_path):
@@ -288,15 +289,31 @@ def test_sft_reads_the_text_of_traces_that_another_tokenizer_wrote(run, trace_fi
     assert "these ids were made by tokenizer another" in refusal(capsys, lambda: run("refused", max_steps=1))
 
 
-def test_traces_without_an_answer_to_judge_by_are_kept_whole(palign, sufficient_from, finished, capsys):
+def test_prefixes_that_never_suffice_before_the_end_keep_all_of_the_reasoning(
+    palign, sufficient_from, finished, capsys
+):
     sufficient_from(10**6)
-    palign(max_steps=1)
+    folder = palign(max_steps=1)
     out = capsys.readouterr().out
     assert "prefixes: 10 of 10 sufficient, 0 kept whole; 100% of the reasoning kept" in out
+    assert json.loads((folder / "traces" / "prefixes.json").read_text())["mean_kept_share"] == 1.0
+
+
+def test_traces_without_an_answer_to_judge_by_are_dropped(palign, sufficient_from, trace_file, capsys):
+    rows = [json.loads(line) | {"gold": None, "correct": None} for line in trace_file.read_text().splitlines()]
+    rows = [row | {"answer": "I do not know."} for row in rows]
+    trace_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = sufficient_from(1)
+    assert "10 x no answer to judge by" in refusal(capsys, palign) and not asked
+
+
+def test_evaluation_data_is_read_before_any_work_and_the_folder_stays_free(lsp, tmp_path, capsys):
+    assert "no data file at nowhere.jsonl" in refusal(capsys, lambda: lsp(eval_data="nowhere.jsonl"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_completions_that_never_end_leave_nothing_and_say_so(palign, sufficient_from, capsys, tokenizer, think):
     sufficient_from(12)
     assert len(make_traces(tokenizer, think, 10)) == 10
     error = refusal(capsys, lambda: palign(max_answer_tokens=1))
-    assert "no trace is left to learn from; dropped: 10 x completion cut off by its limit" in error
+    assert "no trace is left to learn from; dropped: 10 x completion cut off by max_answer_tokens" in error

@@ -3,7 +3,7 @@
 The data analysis of "Distilling the Essence" (arXiv 2512.21002), on any traces: token shares of prompt, CoT and answer
 (its Table 2), where in the CoT the final answer is first derived, self-reflection cues, coverage; with ``--student``
 also the Rank-Surprisal Ratio (``selection.py``), with ``--judge_url`` a model's opinion on the first derivation beside
-the finder's. Writes analysis.json, analysis.md, analysis.png and a row for every trace, traces.jsonl.
+the finder's. Writes analysis.json, analysis.md, analysis.png and a row for every trace, measures.jsonl.
 """
 
 import json
@@ -42,9 +42,9 @@ class AnalyzeArguments:
     data: str
     """Traces: .jsonl, .parquet or a hub data set, in any form that training reads, or problem and response."""
     output_dir: Path
-    """Where analysis.json, analysis.md, analysis.png and traces.jsonl go."""
+    """Where analysis.json, analysis.md, analysis.png and measures.jsonl go."""
     tokenizer: Annotated[str | None, tyro.conf.arg(aliases=["--model"])] = None
-    """Model or tokenizer folder (no weights needed), hub name or bundled model; left out, the student's."""
+    """Model or tokenizer folder (no weights needed), hub name or bundled model; needed unless a student is named."""
     student: str | None = None
     """A model to take the Rank-Surprisal Ratio under; its tokenizer must be the traces'."""
     solutions: bool = False
@@ -60,7 +60,7 @@ class AnalyzeArguments:
     judge_url: str | None = None
     """OpenAI-compatible server that is asked for the first derivation too; a key is taken from OPENAI_API_KEY."""
     judge_model: str = ""
-    """The model that server should use."""
+    """The model that server should use; needed with judge_url."""
     judge_samples: int = 100
     """Ask about only so many traces."""
     judge_timeout: float = 120.0
@@ -87,6 +87,12 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: AnalyzeArguments) -> dict[str, Any]:
     """Load, measure, print and store; returns what analysis.json holds."""
     start = time.perf_counter()
+    for name in ("max_samples", "max_tokens_per_batch", "judge_samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"{name}: expected at least 1, got {getattr(args, name)}")
+    for name in ("analysis.json", "analysis.md", "measures.jsonl"):
+        if (args.output_dir / name).resolve() == Path(args.data).resolve():
+            raise InputError(f"{args.output_dir / name} would overwrite the data: choose another output_dir")
     judge = None
     if args.judge_url is not None:
         judge = DerivationJudge(url=args.judge_url, model=args.judge_model, timeout_seconds=args.judge_timeout)
@@ -112,6 +118,7 @@ def run(args: AnalyzeArguments) -> dict[str, Any]:
     if args.student is not None:
         summary["rank_surprisal"] = _add_ratios(rows, args, loaded.traces)
     if judge is not None:
+        _store(args.output_dir, summary, rows, measures)  # a server that fails costs its verdicts alone
         summary["judge"] = _add_verdicts(rows, judge, loaded.traces, measures, texts, args.judge_samples)
     summary["seconds"] = round(time.perf_counter() - start, 1)
     _store(args.output_dir, summary, rows, measures)
@@ -129,7 +136,7 @@ def tokenizer_folder(name: str) -> Path:
 def _store(folder: Path, summary: dict[str, Any], rows: Sequence[dict[str, Any]], measures: Sequence[Measures]) -> None:
     write_json(folder / "analysis.json", summary)
     write_text(folder / "analysis.md", markdown(summary))
-    write_text(folder / "traces.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(folder / "measures.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     plot_analysis(summary, measures, folder / "analysis.png")
 
 

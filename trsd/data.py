@@ -24,10 +24,12 @@ from trsd.grading import extract_answer, grade
 from trsd.models import tokenizer_fingerprint
 from trsd.paths import resolve_bundled
 from trsd.thinking import ThinkFormat
-from trsd.traces import FILE_TYPES, Trace, content_key, read_rows, trace_from_row
+from trsd.traces import FILE_TYPES, ID_FIELDS, Trace, content_key, read_rows, trace_from_row
 
 NO_CLOSE = "no close tag: the thinking never ends"
 NO_ANSWER = "answer of zero tokens"
+SPECIAL_INSIDE = "special token inside the text"
+TAG_INSIDE = "close tag inside the reasoning or the answer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,7 @@ class RowReader:
                     **{name: row.get(name) for name in ("reasoning", "answer", "gold")},
                 }
                 return self.read(row, where=where)
-            return trace_from_row(row, where=where, tokenizer_fingerprint=self.fingerprint)
+            return self._stored(row, where=where)
         if "messages" in row:
             return self._messages(row, where=where)
         if (messages := as_conversation(row, where=where)) is not None:
@@ -140,6 +142,19 @@ class RowReader:
             f"{where}: columns {sorted(row)} fit no known form; expected messages, or prompt + reasoning + answer, or "
             "question + answer, or conversations, or input + output"
         )
+
+    def _stored(self, row: dict[str, Any], *, where: str) -> Trace:
+        trace = trace_from_row(row, where=where, tokenizer_fingerprint=self.fingerprint)
+        highest = max(max(ids, default=0) for ids in (getattr(trace, name) for name in ID_FIELDS))
+        if highest >= len(self.tokenizer):
+            raise InputError(f"{where}: token {highest} is none of the tokenizer's {len(self.tokenizer)}")
+        close = self.tokenizer.decode(trace.close_ids)
+        if self.think.close_tag not in close:
+            raise InputError(
+                f"{where}: its thinking is closed by {close!r}, without the close_tag {self.think.close_tag!r}: "
+                "give the tags that the trace was written with"
+            )
+        return trace
 
     def _messages(self, row: dict[str, Any], *, where: str) -> Question | Trace | str:
         messages = row["messages"]
@@ -171,11 +186,15 @@ class RowReader:
         question = self._question(messages, gold)
         if isinstance(question, str):
             return question
-        reasoning, answer = reasoning.strip("\n"), answer.strip()
+        reasoning = reasoning.strip("\n").removeprefix(self.think.open_tag).strip("\n")
+        answer = answer.strip().removesuffix(self.tokenizer.eos_token).strip()
         if not answer:
             return NO_ANSWER
-        if self.think.close_tag in reasoning:
-            return "close tag inside the reasoning"
+        if self.think.close_tag in reasoning + answer:
+            return TAG_INSIDE
+        special = set(self.tokenizer.all_special_tokens) - {self.think.open_tag, self.think.close_tag}
+        if any(token in text for token in special for text in (reasoning, answer)):
+            return SPECIAL_INSIDE
 
         def encode(text: str) -> list[int]:
             return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -198,8 +217,12 @@ class RowReader:
 
 def _text(row: dict[str, Any], name: str, where: str) -> str:
     value = row.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
         value = str(value)
     if not isinstance(value, str):
         raise InputError(f"{where}: {name} must be text, got {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: {name} holds half a character ({error}); mend or remove this row") from None
     return value

@@ -60,6 +60,20 @@ def stop_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
     return sorted({tokenizer.eos_token_id, *([eos] if isinstance(eos, int) else eos or [])})
 
 
+def check_decoding(args: Any) -> None:
+    """Raise for decoding settings of a command line that mean nothing, by field."""
+    for name in ("max_thinking_tokens", "max_answer_tokens", "batch_size", "max_samples"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name}: expected at least 1, got {value}")
+    if not 0 <= args.temperature <= 100 or 0 < args.temperature < 1e-3:
+        raise InputError(f"temperature: expected 0 (greedy) or 0.001 to 100, got {args.temperature}")
+    if not 0 < args.top_p <= 1:
+        raise InputError(f"top_p: expected more than 0 and at most 1, got {args.top_p}")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"seed: expected 0 to 2^63 - 1, got {args.seed}")
+
+
 class Decoder:
     """Batched decoding with one model, tokenizer and think format."""
 

@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 from trsd.data import Loaded, Question, describe_drops, load_data
-from trsd.decoding import Answer, Decoder, Sampling
+from trsd.decoding import Answer, Decoder, Sampling, check_decoding
 from trsd.errors import InputError
 from trsd.files import write_json, write_text
 from trsd.grading import check_grader, extract_answer, grade, last_boxed
@@ -277,6 +277,9 @@ def run(args: EvaluateArguments) -> None:
             raise InputError(f"--responses loads no model and writes nothing new: leave out {', '.join(unused)}")
         grade_file(args.responses, open_tag=args.open_tag, close_tag=args.close_tag, output_dir=args.output_dir)
         return
+    check_decoding(args)
+    if args.percent_of is not None and not 0 < args.percent_of < float("inf"):
+        raise InputError(f"percent_of: expected a positive number of tokens, got {args.percent_of}")
     if found := budget_problems(args.budgets):
         raise InputError(f"budgets: {found[0]}")
     if args.num_samples < 1 or (args.num_samples > 1 and args.temperature == 0):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import tyro
 
 from trsd.data import NO_ANSWER, NO_CLOSE, Question, describe_drops, load_data
-from trsd.decoding import Answer, Decoder, Sampling
+from trsd.decoding import Answer, Decoder, Sampling, check_decoding
 from trsd.errors import InputError
 from trsd.grading import check_grader, grade
 from trsd.metrics import progress_bar
@@ -176,6 +176,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: GenerateArguments) -> None:
     """Load, generate, store, and say what was dropped."""
     check_trace_path(args.output)
+    check_decoding(args)
     if args.output.exists():
         raise InputError(f"{args.output} exists already: choose another --output, or move it away")
     start = time.perf_counter()
@@ -201,6 +202,8 @@ def run(args: GenerateArguments) -> None:
         close_unfinished=args.close_unfinished,
     )
     traces, filtered = select_traces(traces, keep=args.filter)
+    if not traces:
+        raise InputError(f"no trace is left; dropped: {describe_drops(loaded.dropped + dropped + filtered)}")
     write_traces(args.output, traces)
     print(f"{len(traces)} traces in {args.output}, {time.perf_counter() - start:.0f} s")
     if drops := describe_drops(loaded.dropped + dropped + filtered):

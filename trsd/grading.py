@@ -40,12 +40,13 @@ def last_boxed(text: str) -> str | None:
     return found and found[1]
 
 
-def extract_answer(text: str, *, whole_text: bool = False) -> str | None:
+def extract_answer(text: str, *, whole_text: bool = False, last_number: bool = True) -> str | None:
     """The final answer a text states, or None.
 
     Args:
         text: a model's answer, or a data set's answer column.
         whole_text: a text in no known form is itself the answer (for reference columns such as ``{1, 2}``).
+        last_number: the last number of a text in no known form is taken for its answer.
     """
     boxed = last_boxed(text)
     if boxed:
@@ -63,7 +64,7 @@ def extract_answer(text: str, *, whole_text: bool = False) -> str | None:
         end = said.start()
     if whole_text:
         return text.strip() or None
-    numbers = _NUMBER.findall(text)
+    numbers = _NUMBER.findall(text) if last_number else []
     return numbers[-1] if numbers else None
 
 
@@ -92,9 +93,14 @@ def as_fraction(text: str) -> Fraction | None:
     return Fraction(numerator) / (int(denominator) if denominator else 1)
 
 
-def grade(text: str, gold: str) -> bool:
-    """Whether the final answer stated in ``text`` equals the reference ``gold``."""
-    answer, reference = extract_answer(text), extract_answer(gold, whole_text=True)
+def grade(text: str, gold: str, *, like: str | None = None) -> bool:
+    """Whether the final answer stated in ``text`` equals the reference ``gold``.
+
+    ``like``: an answer to the same question; where it states its own in a known form, the last number of ``text`` will
+    not do for one.
+    """
+    last_number = like is None or extract_answer(like, last_number=False) is None
+    answer, reference = extract_answer(text, last_number=last_number), extract_answer(gold, whole_text=True)
     if answer is None or reference is None:
         return False
     if answer == reference:

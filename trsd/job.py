@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from trsd.data import Question, describe_drops, load_data
 from trsd.decoding import Decoder, Sampling, stop_ids
 from trsd.errors import InputError
+from trsd.evaluate import graded_questions
+from trsd.grading import check_grader
 from trsd.metrics import progress_bar
 from trsd.models import check_same_tokenizer, load_model, load_tokenizer, model_folder, packed_attention_backend
 from trsd.recipe import Recipe
@@ -51,6 +54,21 @@ class Job:
     @property
     def _folders(self) -> tuple[Path, Path]:
         return self.student_folder, self.teacher_folder
+
+    @cached_property
+    def evaluation_questions(self) -> list[Question] | None:
+        """The questions to evaluate on; None when the recipe has no eval_data."""
+        recipe = self.recipe
+        if recipe.eval_data is None:
+            return None
+        loaded = load_data(
+            recipe.eval_data, tokenizer=self.tokenizer, think=self.think, max_rows=recipe.max_eval_samples
+        )
+        if drops := describe_drops(loaded.dropped):
+            print(f"evaluation questions dropped: {drops}")
+        questions = graded_questions(loaded)
+        check_grader(question.gold for question in questions)
+        return questions
 
     def student(self, folder: Path | None = None) -> PreTrainedModel:
         """A trainable model: fp32 weights, computed in bf16 under autocast where that is on."""

@@ -59,9 +59,10 @@ class Judge(Protocol):
 
 
 class AnswerJudge:
-    """Sufficient is a prefix after which the model, its thinking closed, gives the right answer.
+    """Sufficient is a prefix after which the model, its thinking closed, gives the right answer and ends it.
 
-    Right is what equals ``trace.gold``, or without it the answer the trace itself states; a trace that has neither
+    Where the trace's own answer is boxed or said to be one, a last number that happens to fit is no answer. Right is
+    what equals ``trace.gold``, or without it the answer the trace itself states; a trace that has neither
     cannot be judged.
     """
 
@@ -69,7 +70,8 @@ class AnswerJudge:
         """Take a greedy ``decoder``, the answer allowance and the ``weights_fingerprint`` of the decoder's model."""
         self.decoder = decoder
         self.max_answer_tokens = max_answer_tokens
-        self.name = _name("answer", decoder, weights, closer=decoder.think.closer, max_answer_tokens=max_answer_tokens)
+        options = {"closer": decoder.think.closer, "max_answer_tokens": max_answer_tokens}
+        self.name = _name("answer stated and ended", decoder, weights, **options)
 
     def judge(self, items: Sequence[tuple[Trace, int]]) -> list[Verdict]:
         """Whether the model answers right after each closed prefix."""
@@ -80,11 +82,12 @@ class AnswerJudge:
             for trace, cut in items
         ]
         written = self.decoder.complete(contexts, max_new_tokens=self.max_answer_tokens)
-        texts = [self.decoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
-        return [
-            None if reference is None else grade(text, reference)
-            for text, reference in zip(texts, references, strict=True)
-        ]
+        verdicts: list[Verdict] = []
+        for (trace, _), reference, ids in zip(items, references, written, strict=True):
+            text = self.decoder.tokenizer.decode(ids, skip_special_tokens=True)
+            ended = ids[-1] in self.decoder.eos_ids
+            verdicts.append(None if reference is None else ended and grade(text, reference, like=trace.answer))
+        return verdicts
 
 
 def close_after(trace: Trace, cut: int, close_ids: Sequence[int]) -> list[int]:

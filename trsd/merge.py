@@ -118,7 +118,7 @@ def _shares(weights: Sequence[float], count: int) -> list[float]:
     if len(weights) != count:
         raise InputError(f"weights: expected one per model, got {len(weights)} for {count} models")
     total = sum(weights)
-    if not all(0 <= weight < float("inf") for weight in weights) or total <= 0:
+    if not all(0 <= weight < float("inf") for weight in weights) or not 0 < total < float("inf"):
         raise InputError(f"weights: expected numbers of 0 or more that do not sum to 0, got {list(weights)}")
     return [weight / total for weight in weights]
 

@@ -380,7 +380,7 @@ def check_same_tokenizer(one: Any, other: Any, *, student: Path, teacher: Path) 
     raise InputError(
         f"teacher {teacher} and student {student} have different tokenizers, first at token {first}: "
         f"{', '.join(said)}. Their distributions are over different tokens; choose models of one family, or let the "
-        "teacher write traces as text and learn those with method sft"
+        "teacher write traces (python -m trsd.generate) and learn their text with method sft and no teacher"
     )
 
 

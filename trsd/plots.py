@@ -82,7 +82,7 @@ def plot_sweep(points: Sequence[dict[str, Any]], summary: dict[str, Any], path: 
     for (name, label), color in zip(names.items(), COLORS, strict=True):
         values = [p[name] / shown[-1][name] for p in shown]
         cost.plot([p["fraction"] for p in shown], values, "o-", color=color, ms=4, lw=1.6, label=label)
-    largest = f"{shown[-1]['fraction']:g}"
+    largest = "the whole" if shown[-1]["fraction"] == 1.0 else f"{shown[-1]['fraction']:g}"
     cost.set(xlabel="fraction of each sequence kept", ylabel=f"relative to {largest}", ylim=(0, None))
     cost.legend(frameon=False, fontsize=8)
     shades = plt.get_cmap("viridis")
@@ -92,6 +92,8 @@ def plot_sweep(points: Sequence[dict[str, Any]], summary: dict[str, Any], path: 
             range(1, len(smooth) + 1), smooth, lw=1.2, color=shades(0.9 * p["fraction"]), label=f"{p['fraction']:g}"
         )
     loss.set(xlabel="optimizer step", ylabel="training loss (nats per learnt token)", yscale="log")
+    for which in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
+        which(lambda value, _: f"{value:g}")
     loss.legend(frameon=False, fontsize=7, title="kept", title_fontsize=7, ncols=2)
     _save(figure, path)
 

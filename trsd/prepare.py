@@ -21,6 +21,7 @@ from trsd.data import describe_drops, load_data
 from trsd.errors import InputError
 from trsd.files import write_json
 from trsd.generate import generate_traces, select_traces
+from trsd.grading import extract_answer
 from trsd.job import Job
 from trsd.judging import (
     SELF_JUDGE_MAX_NEW_TOKENS,
@@ -125,26 +126,35 @@ def _given_traces(job: Job) -> tuple[list[Trace], Counter[str]]:
     traces, unwanted = select_traces(
         traces, keep=recipe.filter, max_length=recipe.max_length, closer_length=len(job.think.closer_ids)
     )
-    if recipe.method == "palign":
-        traces, too_long = _within_context(job, traces)
-        unwanted += too_long
+    if recipe.method == "palign" or recipe.cut == "judged":
+        traces, unjudged = _judgeable(job, traces)
+        unwanted += unjudged
     how = "generated" if loaded.questions else "read"
     print(f"traces: {len(traces)} {how} in {time.perf_counter() - start:.0f} s", flush=True)
     return traces, dropped + unwanted
 
 
-def _within_context(job: Job, traces: list[Trace]) -> tuple[list[Trace], Counter[str]]:
-    """(traces that judge and completion have room for, dropped by reason): the longest prefix is all the reasoning."""
+def _judgeable(job: Job, traces: list[Trace]) -> tuple[list[Trace], Counter[str]]:
+    """(traces that judge and completion can work on, dropped by reason): the longest prefix is all the reasoning."""
     recipe, config = job.recipe, job.student_config().get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is None:
-        return traces, Counter()
-    asked = SELF_JUDGE_PROMPT + INSTRUCTION if recipe.judge == "self" or recipe.completion == "instruct" else ""
+    limit = getattr(config, "max_position_embeddings", None) or float("inf")
+    asked = (
+        SELF_JUDGE_PROMPT + INSTRUCTION
+        if recipe.judge == "self" or (recipe.method == "palign" and recipe.completion == "instruct")
+        else ""
+    )
     room = max(recipe.max_answer_tokens, SELF_JUDGE_MAX_NEW_TOKENS if recipe.judge == "self" else 0)
     room += len(job.tokenizer(asked).input_ids) + len(job.think.closer_ids) + 32
-    kept = [trace for trace in traces if trace.num_tokens - len(trace.answer_ids) + room <= limit]
-    reason = f"no room for judge and completion in the model's context of {limit}"
-    return kept, Counter({reason: len(traces) - len(kept)} if len(kept) < len(traces) else {})
+    no_room = f"no room for judge and completion in a context of {limit} (lower max_answer_tokens or max_length)"
+    kept, dropped = [], Counter()
+    for trace in traces:
+        if recipe.judge == "answer" and not (trace.gold or extract_answer(trace.answer)):
+            dropped["no answer to judge by"] += 1
+        elif trace.num_tokens - len(trace.answer_ids) + room > limit:
+            dropped[no_room] += 1
+        else:
+            kept.append(trace)
+    return kept, dropped
 
 
 def _learnable(job: Job, traces: list[Trace], dropped: Counter[str]) -> tuple[list[Trace], Counter[str]]:
@@ -153,7 +163,8 @@ def _learnable(job: Job, traces: list[Trace], dropped: Counter[str]) -> tuple[li
         return traces, dropped
     kept, unlearnable, lost = learnable(traces, truncation(job), sections(job))
     for name, count in lost.items():
-        print(f"        the cut leaves nothing of section {name} in {count} of {len(traces)} traces")
+        end = ": they do not show how to end" if name == "a" else ""
+        print(f"        the cut leaves nothing of section {name} in {count} of {len(traces)} traces{end}")
     return kept, dropped + unlearnable
 
 
@@ -172,7 +183,11 @@ def sufficient_prefixes(job: Job, traces: Sequence[Trace]) -> list[Prefix]:
     ends = [sentence_token_ends(trace.reasoning_ids, job.texts) for trace in traces]
     with job.compute():
         prefixes = find_prefixes(traces, _student_judge(job), ends, ledger=ledger)
-    print(f"{summarize_prefixes(prefixes)}\n        {time.perf_counter() - start:.0f} s", flush=True)
+    found = summarize_prefixes(prefixes)
+    write_json(job.output_dir / "traces" / "prefixes.json", vars(found))
+    print(f"{found}\n        {time.perf_counter() - start:.0f} s", flush=True)
+    if not found.num_sufficient:
+        print("warning: no prefix was found sufficient; every trace stays whole", file=sys.stderr)
     return prefixes
 
 

@@ -81,17 +81,18 @@ class Recipe:
     """Which traces, and which completions of palign, to learn from."""
 
     cut: Literal["uniform", "log_uniform", "fractions", "budgets", "first_derivation", "judged"] = "uniform"
-    """trsd: where the reasoning is cut, drawn anew every epoch: cuts.py tells each policy."""
+    """trsd: where the reasoning is cut: at a drawn share or scale of it, at one of some shares or token counts, behind
+    the first derivation of the answer, or behind the shortest prefix that a judge finds sufficient."""
     cut_fractions: Floats = (0.25, 0.5, 0.75)
-    """Shares of the reasoning kept, for cut=fractions."""
+    """trsd: shares of the reasoning kept, for cut=fractions."""
     cut_budgets: Ints = (64, 256, 1024)
-    """Reasoning tokens kept, for cut=budgets."""
+    """trsd: reasoning tokens kept, for cut=budgets."""
     snap_to_sentence: bool = False
-    """Move each cut back to the last sentence end."""
+    """trsd: move each cut back to the last sentence end."""
     branches_per_trace: int = 1
-    """At how many places each trace is cut in one step; the cuts share the trace's forward pass."""
+    """trsd: at how many places each trace is cut in one step; the cuts share the trace's forward pass."""
     anchor_share: float = 0.2
-    """Share of examples that keep the whole reasoning (f = 1)."""
+    """trsd: share of examples that keep the whole reasoning (f = 1)."""
     thinking_weight: float = 1.0
     """trsd: weight of cross-entropy on the reasoning shown, which keeps unconstrained behaviour; 0: answers only."""
     truncation: Literal["fraction", "endpoints", "first_derivation"] = "fraction"
@@ -101,7 +102,7 @@ class Recipe:
     keep_side: Literal["left", "middle", "right"] = "left"
     """lsp, sft: which part of the sequence truncation=fraction keeps."""
     loss_sections: Literal["a", "p+a", "cot", "cot+a", "p+cot", "p+cot+a"] | None = None
-    """Sections that are learnt, of prompt, chain of thought and answer; left out, p+cot+a for lsp, else cot+a."""
+    """lsp, sft: sections learnt, of prompt, chain of thought and answer; left out, p+cot+a for lsp, cot+a for sft."""
     judge: Literal["self", "answer"] = "self"
     """Who says that a prefix suffices (palign, cut=judged): the student, when asked, or its answer to the prefix."""
     completion: Literal["instruct", "close"] = "instruct"
@@ -119,7 +120,7 @@ class Recipe:
     teacher_top_k: int = 64
     """Tokens a row of teacher=top_k_cache."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    """Divergence between the teacher's and the student's answer distributions."""
+    """trsd, lsp: divergence between the teacher's and the student's distributions."""
     alpha: float | None = None
     """Share of the divergence in the loss, the rest is cross-entropy; left out, 1 for trsd, 0.5 for lsp, else 0."""
     beta: float = 0.5
@@ -251,7 +252,9 @@ def method_problems(recipe: Recipe) -> list[str]:
     for entry in fields(Recipe):
         methods = METHOD_FIELDS.get(entry.name, (method,))
         if method not in methods and getattr(recipe, entry.name) != entry.default:
-            found.append(f"{entry.name}: method {method} does not read it ({' and '.join(methods)} do): leave it out")
+            found.append(
+                f"{entry.name}: method {method} does not read it (methods that do: {', '.join(methods)}): leave it out"
+            )
     if not 0.0 <= recipe.alpha <= 1.0:
         found.append(f"alpha: expected 0 to 1, got {recipe.alpha}")
     if method in ("sft", "palign") and recipe.alpha != 0:

@@ -11,28 +11,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from trsd.metrics import read_metrics
 from trsd.plots import plot_curves, plot_loss
 from trsd.recipe import Recipe, recipe_as_yaml
 from trsd.run import ENVIRONMENT_FILE, RECIPE_FILE
 
 LOSS_TERMS = {
-    "divergence": "answers: divergence from the teacher",
-    "cross_entropy": "answers: cross-entropy",
+    "divergence": "{learnt}: divergence from the teacher",
+    "cross_entropy": "{learnt}: cross-entropy",
     "thinking_cross_entropy": "reasoning shown: cross-entropy",
 }
+LEARNT = {"trsd": "answers", "palign": "prefix and completion"}
 CARDS = {
     "trsd": """\
 Trained to answer well after any amount of thinking. To stop the thinking at a budget, append this closer, the one it
-was trained with, and let the model answer:""",
+was trained with, and let the model answer""",
     "lsp": """\
 Trained on a part of each sequence, by a larger model's distributions. It may have seen few ends: watch how often it
-stops by itself, and close its thinking where it does not with:""",
+stops by itself, and close its thinking where it does not with""",
     "palign": """\
 Trained on the shortest prefixes of longer reasoning that it found sufficient, and on its own completions of them. What
-closes its thinking:""",
+closes its thinking""",
     "sft": """\
-Trained on traces as text. What closes its thinking where it is cut:""",
+Trained on traces as text. What closes its thinking where it is cut""",
 }
 STYLE = """
 body{font:16px/1.55 system-ui,sans-serif;color:#1f2937;max-width:60rem;margin:2rem auto;padding:0 1rem}
@@ -63,7 +66,7 @@ def summary(before: dict[str, Any], after: dict[str, Any]) -> str:
     lines = ["\nbudget      tokens    before     after"] if before["budgets"] else [""]
     for old, new in zip(before["budgets"], after["budgets"], strict=True):
         lines.append(f"{old['budget']:<10} {old['tokens']:>7}  {old['accuracy']:>8.3f}  {new['accuracy']:>8.3f}")
-    lines += [f"{name}: {old:.3f} -> {new:.3f}" for name, (old, new) in headline(before, after).items()]
+    lines += [f"{name}: {_number(old)} -> {_number(new)}" for name, (old, new) in headline(before, after).items()]
     return "\n".join(lines)
 
 
@@ -76,7 +79,7 @@ tags: [trsd, reasoning, distillation]
 ---
 # {recipe.model_name_or_path} after {step} steps of {recipe.method.upper()}
 
-{CARDS[recipe.method]}
+{CARDS[recipe.method]} (written as a Python string)
 
 ```
 {closer!r}
@@ -101,13 +104,14 @@ def write_report(run_dir: Path) -> Path:
             for name, (old, new) in headline(before, after).items()
         )
         parts.append(f'<div class="cards">{cards}</div>')
-        parts.append("<h2>Accuracy against thinking budget</h2>")
+        parts.append(f"<h2>Accuracy {'against thinking budget' if before['budgets'] else 'before and after'}</h2>")
         if before["budgets"]:
             plot_curves({"before": before, "after": after}, run_dir / "curve.png")
             parts.append(_image(run_dir / "curve.png", "accuracy against budget"))
         parts.append(_curve_table(before, after))
     if metrics:
-        terms = {label: [row[name] for row in metrics] for name, label in LOSS_TERMS.items()}
+        tokens = LEARNT.get(yaml.safe_load(recipe_text).get("method", "trsd"), "learnt tokens")
+        terms = {label.format(learnt=tokens): [row[name] for row in metrics] for name, label in LOSS_TERMS.items()}
         learnt = {label: values for label, values in terms.items() if any(values)}
         plot_loss([row["step"] for row in metrics], learnt, run_dir / "loss.png")
         parts += ["<h2>Loss</h2>", _image(run_dir / "loss.png", "training loss")]
@@ -152,7 +156,8 @@ def _image(path: Path, alternative: str) -> str:
 
 
 def _drops(run_dir: Path) -> str:
-    dropped = _read(run_dir / "traces" / "dropped.json") or {}
+    given, dropped = (_read(run_dir / "traces" / f"{name}.json") or {} for name in ("given.dropped", "dropped"))
+    dropped = {**given, **dropped}
     return html.escape(", ".join(f"{count} × {reason}" for reason, count in dropped.items()) or "None.")
 
 

@@ -8,6 +8,7 @@ memory is its own. What is finished is not run again; what was interrupted goes 
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,10 +18,9 @@ from typing import Any
 
 import yaml
 
-from trsd.data import load_data
 from trsd.decoding import Sampling
 from trsd.errors import InputError
-from trsd.evaluate import evaluate, graded_questions
+from trsd.evaluate import evaluate
 from trsd.files import write_json, write_text
 from trsd.job import Job
 from trsd.methods.lsp import learnable
@@ -114,10 +114,8 @@ class Evaluator:
     """Evaluates model folders on the recipe's questions, each once."""
 
     def __init__(self, job: Job, *, num_samples: int, sampling: Sampling) -> None:
-        recipe = job.recipe
         self.job, self.num_samples, self.sampling = job, num_samples, sampling
-        loaded = load_data(recipe.eval_data, tokenizer=job.tokenizer, think=job.think, max_rows=recipe.max_eval_samples)
-        self.questions = graded_questions(loaded)
+        self.questions = job.evaluation_questions
 
     def __call__(self, model_folder: Path, path: Path) -> dict[str, Any]:
         """The evaluation of ``model_folder``, read from ``path`` or made and written there."""
@@ -183,9 +181,9 @@ def sweep(
     if recipe.eval_data is None:
         raise InputError("a sweep needs eval_data: questions with reference answers")
     output_dir.mkdir(parents=True, exist_ok=True)
-    check_same_sweep(recipe, output_dir)
     job = Job(replace(recipe, output_dir=str(output_dir)), output_dir)
     evaluator = Evaluator(job, num_samples=num_samples, sampling=sampling or Sampling())
+    check_same_sweep(recipe, output_dir)
     before = evaluator(job.student_folder, output_dir / "before" / EVALUATION)
     traces, shared = share_traces(job, output_dir)
     points = []
@@ -214,7 +212,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m trsd.sweep",
         description="Train and evaluate a recipe at several fractions of each sequence. Flags of python -m trsd.train "
-        "(--config, --max_steps, ...) are taken too; eval_budgets may be left empty.",
+        "(--config, --max_steps, --dry_run, ...) are taken too, and the recipe needs eval_data. Without --config, "
+        "--method, a model or data it is demo-lsp. Ten fractions are ten trainings and eleven evaluations.",
         allow_abbrev=False,
     )
     parser.add_argument("--fractions", default=FRACTIONS, help=f"shares kept, comma-separated; default {FRACTIONS}")
@@ -233,17 +232,21 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"--fractions: expected numbers such as 0.1,0.5, got {own.fractions!r}")
     if bad := [share for share in fractions if not 0 < share <= 1]:
         fail(f"--fractions: expected more than 0 and at most 1, got {bad}")
-    if unknown := set(own.sides.split(",")) - set(SIDES):
+    sides = [side.strip() for side in own.sides.split(",")]
+    if unknown := set(sides) - set(SIDES):
         fail(f"--sides: expected some of {', '.join(SIDES)}, got {', '.join(sorted(unknown))}")
     if own.num_samples < 1 or (own.num_samples > 1 and own.temperature_eval == 0):
         fail("--num_samples: expected at least 1, and more than 1 only with --temperature_eval: greedy ones are equal")
     if own.temperature_eval < 0 or not 0 < own.top_p_eval <= 1:
         fail("--temperature_eval, --top_p_eval: expected 0 or more, and more than 0 up to 1")
-    settings = settings_of(fractions, own.sides.split(","))
+    settings = settings_of(fractions, sides)
+    if len({setting.name for setting in settings}) < len(settings):
+        fail(f"--fractions: some are too close to tell apart by name: {own.fractions}")
     if dry_run:
         print("\n".join(setting.name for setting in settings) + f"\n\n{recipe_as_yaml(recipe)}", end="")
         return
     quieten_transformers()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends the run in progress too
     sampling = Sampling(temperature=own.temperature_eval, top_p=own.top_p_eval, seed=recipe.seed)
     try:
         sweep(recipe, own.output_dir, settings, num_samples=own.num_samples, sampling=sampling)

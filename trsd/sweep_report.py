@@ -28,7 +28,11 @@ def curve_of(points: Sequence[Point], side: str) -> list[Point]:
 
 
 def knee(fractions: Sequence[float], accuracy: Sequence[float]) -> float | None:
-    """Where the curve stops to rise steeply (Kneedle, Satopaa et al. 2011), None where it has no knee."""
+    """Where the curve stops to rise steeply (Kneedle, Satopaa et al. 2011), None where it has no knee.
+
+    Kneedle's knees are the peaks of the normalised curve over its chord. A curve that rises late has false ones on or
+    below the chord, so the highest peak is taken, and only above.
+    """
     if len(fractions) < 3 or min(accuracy) == max(accuracy):
         return None
     try:
@@ -36,8 +40,10 @@ def knee(fractions: Sequence[float], accuracy: Sequence[float]) -> float | None:
     except ImportError:
         print("warning: the knee of the curve needs kneed: pip install 'trsd[analysis]'", file=sys.stderr)
         return None
-    found = KneeLocator(fractions, accuracy, curve="concave", direction="increasing").knee
-    return None if found is None else float(found)
+    found = KneeLocator(fractions, accuracy, curve="concave", direction="increasing", online=True)
+    over_chord = dict(zip(found.x.tolist(), found.y_difference.tolist(), strict=True))
+    best = max(found.all_knees, key=over_chord.get, default=None)
+    return float(best) if best is not None and over_chord[best] > 0 else None
 
 
 def loss_gap(losses: Sequence[float], reference: Sequence[float]) -> dict[str, float]:

@@ -60,6 +60,12 @@ class ThinkFormat:
         cls, tokenizer: Any, *, closer: str = "template", open_tag: str = "<think>", close_tag: str = "</think>"
     ) -> "ThinkFormat":
         """The format of ``tokenizer``; ``closer`` is a preset's name or a text that holds the close tag."""
+        tags = [open_tag.strip(), close_tag.strip(), tokenizer.eos_token]
+        if not all(tags) or len(set(tags)) < len(tags):
+            raise InputError(
+                f"open_tag, close_tag: expected two texts that differ from each other and from the EOS token "
+                f"{tokenizer.eos_token!r}, got {open_tag!r} and {close_tag!r}"
+            )
         natural = _layout(open_tag)[1].replace("{close}", close_tag)
         text = natural if closer == "template" else CLOSERS.get(closer, closer).replace("{close}", close_tag)
         if close_tag not in text:

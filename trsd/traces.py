@@ -59,20 +59,25 @@ def content_key(*parts: str) -> str:
 def trace_from_row(row: dict[str, Any], *, where: str, tokenizer_fingerprint: str) -> Trace:
     """A ``Trace`` from a stored row, every field checked; ``where`` names the row in errors."""
     if isinstance(row.get("sampling"), str):  # parquet holds it as text
-        row = {**row, "sampling": json.loads(row["sampling"])}
+        try:
+            row = {**row, "sampling": json.loads(row["sampling"])}
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: sampling is no JSON ({error})") from None
     known = {entry.name for entry in fields(Trace)}
     missing, extra = known - {"sampling"} - row.keys(), row.keys() - known
     if missing or extra:
         raise InputError(f"{where}: not a trace row; missing {sorted(missing)}, unknown {sorted(extra)}")
     for name in ID_FIELDS:
         ids = row[name]
-        if not isinstance(ids, list) or not all(isinstance(i, int) and i >= 0 for i in ids):
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
             raise InputError(f"{where}: {name} must be a list of token ids")
     for name in ("id", "question", "reasoning", "answer", "tokenizer"):
         if not isinstance(row[name], str):
             raise InputError(f"{where}: {name} must be text")
     if not isinstance(row["gold"], str | None) or not isinstance(row["correct"], bool | None):
         raise InputError(f"{where}: gold must be text or null, correct true, false or null")
+    if not isinstance(row["closed"], bool) or not isinstance(row.get("sampling", {}), dict):
+        raise InputError(f"{where}: closed must be true or false, sampling an object")
     if not row["answer_ids"] or not row["prompt_ids"] or not row["close_ids"]:
         raise InputError(f"{where}: prompt_ids, close_ids and answer_ids must not be empty")
     if row["tokenizer"] != tokenizer_fingerprint:
@@ -119,7 +124,11 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise FileNotFoundError(f"no data file at {path}: check the path (it is taken relative to the current folder)")
     if path.suffix == ".parquet":
         _, parquet = _parquet()
-        for number, row in enumerate(parquet.read_table(path).to_pylist(), start=1):
+        try:
+            rows = parquet.read_table(path).to_pylist()
+        except ValueError as error:  # what pyarrow raises is one
+            raise InputError(f"{path} is no parquet file that can be read ({error})") from None
+        for number, row in enumerate(rows, start=1):
             yield f"{path}:{number}", row
         return
     if path.suffix not in FILE_TYPES:
@@ -130,7 +139,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 row = json.loads(text) if text.strip() else None
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, endless numbers or brackets
                 raise InputError(f"{where}: not a JSON row in UTF-8 ({error}); mend or remove this line") from None
             if row is None:
                 continue

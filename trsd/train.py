@@ -18,9 +18,8 @@ from transformers import PreTrainedModel
 
 from trsd.batching import Example
 from trsd.checkpoint import load_state, save_checkpoint
-from trsd.data import describe_drops, load_data
 from trsd.errors import InputError
-from trsd.evaluate import evaluate, graded_questions, table
+from trsd.evaluate import evaluate, table
 from trsd.files import write_json
 from trsd.guards import NonFiniteError
 from trsd.job import Job
@@ -39,18 +38,15 @@ def evaluate_student(
 ) -> dict[str, Any] | None:
     """The student's accuracy-budget curve, kept in eval/``name``.json; None when the recipe has no eval_data."""
     recipe, path = job.recipe, job.output_dir / "eval" / f"{name}.json"
-    if recipe.eval_data is None:
+    if job.evaluation_questions is None:
         return None
     if path.exists():
         return json.loads(path.read_text())
     start = time.perf_counter()
-    loaded = load_data(recipe.eval_data, tokenizer=job.tokenizer, think=job.think, max_rows=recipe.max_eval_samples)
-    if drops := describe_drops(loaded.dropped):
-        print(f"evaluation questions dropped: {drops}")
     with job.compute():
         result = evaluate(
             job.decoder(model, f"evaluate {name}"),
-            graded_questions(loaded),
+            job.evaluation_questions,
             recipe.eval_budgets,
             max_thinking_tokens=recipe.max_thinking_tokens,
             max_answer_tokens=recipe.max_answer_tokens,
@@ -118,6 +114,7 @@ def run(recipe: Recipe, name: str = "run") -> Path:
     start = time.perf_counter()
     try:
         job = Job(recipe, output_dir)
+        _ = job.evaluation_questions  # what is wrong with them is said before any work
         method = build_method(job, prepare_traces(job))
     except (InputError, OSError, ImportError):
         discard_unbegun(output_dir)

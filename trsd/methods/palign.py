@@ -93,7 +93,7 @@ def complete_prefixes(
                 reasoning=reasoning,
                 answer=answer,
                 closed=prefix.sufficient or trace.closed,  # to end here is what the student is to learn
-                correct=None if trace.gold is None else grade(answer, trace.gold),
+                correct=None if trace.gold is None else grade(answer, trace.gold, like=trace.answer),
                 tokenizer=fingerprint,
                 sampling=how | {"cut": prefix.cut, "sufficient": prefix.sufficient, "completed": trace.id},
             )
@@ -111,7 +111,7 @@ def _instruction_ids(decoder: Decoder, trace: Trace, draft: Sequence[int]) -> li
 def _unusable(decoder: Decoder, ids: Sequence[int], answer: str) -> str | None:
     """Why a completion is dropped, or None."""
     if ids[-1] not in decoder.eos_ids:
-        return "completion cut off by its limit"
+        return "completion cut off by max_answer_tokens"
     if not answer:
         return NO_ANSWER
     if decoder.think.close_tag in decoder.tokenizer.decode(ids, skip_special_tokens=False):
