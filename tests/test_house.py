@@ -56,6 +56,17 @@ def test_the_trainer_imports_without_its_optional_packages():
     assert result.returncode == 0, result.stderr
 
 
+def test_gpu_tests_and_benchmarks_are_collected_where_only_torch_and_transformers_are_installed():
+    names = ["tyro", "pyarrow", "datasets", "math_verify", "kneed", "scipy", "ruff"]
+    files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark." + "gpu" in path.read_text()]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({names!r})); import pytest; "
+        f"sys.exit(pytest.main(['--collect-only', '-qq', '-p', 'no:cacheprovider', 'bench', *{files!r}]))"
+    )
+    result = run_python(code, PYTHONPATH=".:kernels", PATH="/usr/bin:/bin")
+    assert len(files) > 5 and result.returncode == 0, result.stdout[-2000:]
+
+
 @pytest.mark.parametrize(
     "path",
     sorted(path for folder in ("trsd", "kernels", "bench") for path in (ROOT / folder).rglob("*.py")),
