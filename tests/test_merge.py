@@ -99,6 +99,7 @@ def test_another_tokenizer_is_refused(folders, tokenizer, tmp_path):
     [
         (["--weights", "1,2"], "expected one per model, got 2 for 3"),
         (["--weights", "1,-1,0"], "numbers of 0 or more"),
+        (["--weights", "1e308,1e308,1e308"], "numbers of 0 or more"),
         (["--weights", "0,0,0"], "do not sum to 0"),
         (["--models", "/no/such/folder,/nor/this"], "no model folder at"),
     ],
@@ -117,3 +118,9 @@ def test_the_command_line_writes_a_model_once(folders, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(words)
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_config_that_is_no_json_is_named(folders, tmp_path):
+    (folders[1] / "config.json").write_text("{broken")
+    with pytest.raises(InputError, match="model1/config.json is not JSON"):
+        merge(folders, tmp_path / "out")

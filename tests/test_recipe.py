@@ -86,6 +86,8 @@ def test_unknown_flag_exits_2_with_a_suggestion(capsys):
         ("train_batch_size: 0\n", "train_batch_size"),
         ("max_tokens_per_batch: 100\n", "max_tokens_per_batch"),
         ("eval_budgets: [half]\n", "eval_budgets"),
+        ("eval_budgets: [99999999999999999999]\n", "eval_budgets"),
+        ("seed: -1\n", "seed: expected 0"),
         ("cut: fractions\ncut_fractions: [1.5]\n", "cut_fractions"),
         ("resume_from_checkpoint: latest\n", "resume_from_checkpoint"),
         ("- a\n- b\n", "key: value"),

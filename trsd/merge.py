@@ -72,7 +72,10 @@ class Checkpoint:
 
     def config(self) -> dict[str, Any]:
         """The config, without what does not matter."""
-        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        try:
+            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{self.folder / 'config.json'} is not JSON ({error})") from None
         return {key: value for key, value in config.items() if key not in LOOSE_FIELDS}
 
 

@@ -195,6 +195,8 @@ class Recipe:
         for name in ("thinking_weight", "weight_decay", "sampling_temperature"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 found.append(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            found.append(f"seed: expected 0 to 2^63 - 1, got {self.seed}")
         if self.sampling_top_p == 0:
             found.append("sampling_top_p: expected more than 0, got 0")
         for name in (
@@ -274,7 +276,7 @@ def method_problems(recipe: Recipe) -> list[str]:
 
 def budget_problems(budgets: tuple[str, ...]) -> list[str]:
     """What is wrong with a list of ``64`` or ``50%`` budgets."""
-    bad = [text for text in budgets if not re.fullmatch(r"\d+(\.\d+)?%|\d+", text)]
+    bad = [text for text in budgets if not re.fullmatch(r"\d{1,6}(\.\d+)?%|\d{1,9}", text)]
     return [f"expected token counts or percents such as 64 or 50%, got {', '.join(bad)}"] if bad else []
 
 

@@ -122,7 +122,7 @@ def write_report(run_dir: Path) -> Path:
         ]
     parts += ["<h2>Traces left out</h2>", f"<p>{_drops(run_dir)}</p>"]
     parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(recipe_text)}</pre>"]
-    parts += ["<h2>Versions</h2>", f"<pre>{html.escape((run_dir / ENVIRONMENT_FILE).read_text())}</pre>"]
+    parts += ["<h2>Versions</h2>", f"<pre>{html.escape(_text(run_dir / ENVIRONMENT_FILE))}</pre>"]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(run_dir.name)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
@@ -130,6 +130,10 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else "unknown"
 
 
 def _read(path: Path) -> dict[str, Any] | None:
