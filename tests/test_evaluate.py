@@ -80,7 +80,7 @@ def test_unclosed_thinking_counts_wrong_but_its_whole_text_is_graded(tokenizer, 
     free = result["unconstrained"]
     assert free["accuracy"] == 0.0 and free["accuracy_of_whole_text"] == 0.5
     assert free["unclosed_rate"] == free["no_box_rate"] == free["no_answer_rate"] == 1.0
-    assert "never closed 100%" in table(result) and "whole text 0.500" in table(result)
+    assert "never closed: 100.0%" in table(result) and "whole text 0.500" in table(result)
 
 
 def test_closed_thinking_is_not_counted_as_unclosed(tokenizer, think):

@@ -203,7 +203,7 @@ def table(result: dict[str, Any]) -> str:
     lines.append(_table_row("free", f"{free['mean_thinking_tokens']:.0f}", free))
     if free["unclosed_rate"]:
         lines.append(
-            f"free thinking never closed {free['unclosed_rate']:.0%}, counted wrong above; "
+            f"free thinking that never closed: {free['unclosed_rate']:.1%}, counted wrong above; "
             f"accuracy of the whole text {free['accuracy_of_whole_text']:.3f}"
         )
     area = "" if result["auc"] is None else f"area under the curve {result['auc']:.3f}, "
