@@ -77,7 +77,7 @@ def test_responses_are_split_at_the_tags(load):
 @pytest.mark.parametrize(
     "row,options,message",
     [
-        (SOLUTION, {}, "rows.jsonl:1: a question without reasoning.*--solutions True"),
+        (SOLUTION, {}, "rows.jsonl holds questions without reasoning.*--solutions True"),
         ({"answer": "x #### 3"}, {"solutions": True}, "rows.jsonl:1: --solutions expects question"),
         ({"problem": "?", "response": 3}, {}, "rows.jsonl:1: response must be text, got int"),
         (SOLUTION | {"answer": "none"}, {"solutions": True}, "no usable row .1 x no ####"),

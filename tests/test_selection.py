@@ -1,11 +1,13 @@
 """The Rank-Surprisal Ratio, against whole logits of one trace at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_tiny_model, make_traces
 
 from trsd.models import plain_attention
-from trsd.selection import MAX_RANK, RankSurprisal, dataset_ratio, rank_surprisal, response_example
+from trsd.selection import MAX_RANK, RankSurprisal, dataset_ratio, rank_surprisal
 
 
 def exact(model, trace):
@@ -43,11 +45,11 @@ def test_scale_and_softcap_of_the_student_are_applied(tokenizer, think):
     assert all(one.mean_nll < other.mean_nll for one, other in zip(scaled, plain, strict=True))
 
 
-def test_response_tokens_are_reasoning_close_and_answer(tokenizer, think):
-    (trace,) = make_traces(tokenizer, think, 1)
-    example = response_example(trace, 0)
-    assert example.labels == [*trace.reasoning_ids, *trace.close_ids, *trace.answer_ids]
-    assert example.input_ids == [*trace.prompt_ids, *example.labels[:-1]]
+def test_response_tokens_are_reasoning_close_and_answer_but_no_forced_close(tokenizer, think):
+    model, (trace,) = make_tiny_model(tokenizer), make_traces(tokenizer, think, 1)
+    natural, forced = rank_surprisal(model, [trace, replace(trace, closed=False)])
+    response = len(trace.reasoning_ids) + len(trace.close_ids) + len(trace.answer_ids)
+    assert (natural.num_tokens, forced.num_tokens) == (response, response - len(trace.close_ids))
 
 
 def test_a_data_set_is_a_ratio_of_means():

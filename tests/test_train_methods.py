@@ -63,6 +63,12 @@ def test_every_teacher_gives_the_loss_of_the_hidden_cache(lsp, tokenizer):
             assert one[1] == pytest.approx(two[1], rel=1e-5)
 
 
+def test_a_top_k_cache_names_what_it_was_made_for(lsp, tokenizer):
+    folder = lsp(max_steps=1, teacher="top_k_cache", teacher_top_k=8, temperature=1.5)
+    made_for = json.loads((folder / "teacher" / "manifest.json").read_text())["fingerprint"]
+    assert (made_for["k"], made_for["temperature"], made_for["vocab_size"]) == ("8", "1.5", str(len(tokenizer)))
+
+
 def test_top_k_loss_is_below_the_whole_divergence(lsp):
     whole, some = (
         first(lsp(name, max_steps=1, alpha=1.0, **flags))

@@ -11,8 +11,9 @@ from trsd.batching import pack_examples
 from trsd.cuts import uniform, with_anchor
 from trsd.methods.trsd import TRSD, branched_examples, cut_example, full_example, with_thinking
 from trsd.models import packed_hidden_states
+from trsd.sentences import sentence_token_ends
 from trsd.teachers import OnlineTeacher
-from trsd.thinking import ThinkFormat, sentence_ends, token_texts
+from trsd.thinking import ThinkFormat, token_texts
 from trsd_kernels import fused_linear_distillation
 
 
@@ -107,12 +108,17 @@ def test_without_keep_thinking_only_answers_are_learnt(traces, think):
 
 
 def test_snapped_cuts_end_at_sentences(traces, think, tokenizer):
-    ends = sentence_ends(token_texts(tokenizer, len(tokenizer)))
-    method = TRSD(traces, think, uniform, seed=0, sentence_end=ends)
+    texts = token_texts(tokenizer, len(tokenizer))
+    method = TRSD(traces, think, uniform, seed=0, snap_texts=texts)
+    plain = TRSD(traces, think, uniform, seed=0)
+    snapped = set()
     for index, trace in enumerate(traces):
+        ends = [0, *sentence_token_ends(trace.reasoning_ids, texts)]
         for epoch in range(10):
-            (cut,) = method.cuts(epoch, index)
-            assert cut == 0 or ends[trace.reasoning_ids[cut - 1]]
+            (cut,), (free,) = method.cuts(epoch, index), plain.cuts(epoch, index)
+            assert cut == max(end for end in ends if end <= free)
+            snapped.add(cut < free)
+    assert snapped == {True, False}
 
 
 def test_a_cut_trace_never_leaks_a_later_token(traces, think, tiny_model):

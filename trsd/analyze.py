@@ -7,7 +7,6 @@ the finder's. Writes analysis.json, analysis.md, analysis.png and a row for ever
 """
 
 import json
-import sys
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -20,12 +19,13 @@ import tyro
 
 from trsd.analysis_plots import plot_analysis
 from trsd.analysis_summary import markdown, quartiles, summarize, summarize_ratios
+from trsd.command import run_command
 from trsd.data import describe_drops
 from trsd.derivation_judge import DerivationJudge
 from trsd.errors import InputError
 from trsd.files import write_json, write_text
 from trsd.metrics import progress_bar
-from trsd.models import load_for_decoding, load_tokenizer, model_folder, quieten_transformers, tokenizer_fingerprint
+from trsd.models import load_for_decoding, load_tokenizer, model_folder, tokenizer_fingerprint
 from trsd.paths import resolve_bundled
 from trsd.selection import RankSurprisal, rank_surprisal
 from trsd.sentences import split_sentences
@@ -69,19 +69,7 @@ class AnalyzeArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Analyse from the command line; input that cannot be used exits with code 2."""
-    args = tyro.cli(
-        AnalyzeArguments,
-        args=argv,
-        prog="python -m trsd.analyze",
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
-    )
-    quieten_transformers()
-    try:
-        run(args)
-    except (InputError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_command(AnalyzeArguments, run, prog="python -m trsd.analyze", argv=argv)
 
 
 def run(args: AnalyzeArguments) -> dict[str, Any]:

@@ -12,7 +12,7 @@ A row that cannot be used is dropped by a named reason and counted; a row that i
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -53,16 +53,24 @@ class Loaded:
 
 
 def load_data(
-    source: str, *, tokenizer: Any, think: ThinkFormat, max_rows: int | None = None, as_text: bool = False
+    source: str,
+    *,
+    tokenizer: Any,
+    think: ThinkFormat,
+    max_rows: int | None = None,
+    as_text: bool = False,
+    adapt: Callable[[dict[str, Any], str], dict[str, Any] | str] | None = None,
 ) -> Loaded:
     """Read up to ``max_rows`` rows of ``source``; exact duplicates are dropped and counted.
 
     ``as_text``: stored traces of another tokenizer are read by their text, instead of being refused.
+    ``adapt``: makes (row, its name) a row of a known form, or a reason to drop it.
     """
     loaded, seen = Loaded(), set()
     reader = RowReader(tokenizer, think, as_text=as_text)
     for where, row in islice(source_rows(source), max_rows):
-        item = reader.read(row, where=where)
+        row = adapt(row, where) if adapt else row
+        item = row if isinstance(row, str) else reader.read(row, where=where)
         if isinstance(item, str):
             loaded.dropped[item] += 1
         elif item.id in seen:

@@ -8,22 +8,21 @@ answer ended by itself, and tokens used.
 ``--responses FILE`` grades responses that were written elsewhere instead (``responses.py``).
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
+from trsd.command import run_command
 from trsd.data import Loaded, Question, describe_drops, load_data
 from trsd.decoding import Answer, Decoder, Sampling, check_decoding
 from trsd.errors import InputError
 from trsd.files import write_json, write_text
 from trsd.grading import check_grader, extract_answer, grade, last_boxed
 from trsd.metrics import progress_bar
-from trsd.models import load_for_decoding, load_tokenizer, model_folder, quieten_transformers
+from trsd.models import load_for_decoding, load_tokenizer, model_folder
 from trsd.plots import plot_curves
 from trsd.recipe import Budgets, budget_problems, resolve_budgets
 from trsd.responses import grade_file
@@ -261,13 +260,7 @@ class EvaluateArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Evaluate from the command line; input that cannot be used exits with code 2."""
-    args = tyro.cli(EvaluateArguments, args=argv, prog="python -m trsd.evaluate", use_underscores=True)
-    quieten_transformers()
-    try:
-        run(args)
-    except (InputError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_command(EvaluateArguments, run, prog="python -m trsd.evaluate", argv=argv)
 
 
 def run(args: EvaluateArguments) -> None:

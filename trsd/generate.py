@@ -4,7 +4,6 @@ The model thinks and answers by itself; what it writes is split at the close tag
 where there is one, and stored as a ``Trace`` file. Traces that cannot be used are dropped, counted by reason.
 """
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -12,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
+from trsd.command import run_command
 from trsd.data import NO_ANSWER, NO_CLOSE, Question, describe_drops, load_data
 from trsd.decoding import Answer, Decoder, Sampling, check_decoding
 from trsd.errors import InputError
@@ -23,7 +21,6 @@ from trsd.models import (
     load_for_decoding,
     load_tokenizer,
     model_folder,
-    quieten_transformers,
     tokenizer_fingerprint,
 )
 from trsd.thinking import ThinkFormat
@@ -158,19 +155,7 @@ class GenerateArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Generate traces from the command line; input that cannot be used exits with code 2."""
-    args = tyro.cli(
-        GenerateArguments,
-        args=argv,
-        prog="python -m trsd.generate",
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
-    )
-    quieten_transformers()
-    try:
-        run(args)
-    except (InputError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_command(GenerateArguments, run, prog="python -m trsd.generate", argv=argv)
 
 
 def run(args: GenerateArguments) -> None:

@@ -10,7 +10,6 @@ and one tensor; config, tokenizer and the other files are the first model's. The
 import json
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trsd.command import run_command
 from trsd.errors import InputError
 from trsd.models import load_tokenizer, model_folder, tokenizer_fingerprint
 from trsd.recipe import Floats, comma_list
@@ -164,15 +163,15 @@ def _write_card(path: Path, folders: Sequence[Path], shares: Sequence[float]) ->
     path.write_text("\n".join(["The mean of the weights of", "", *lines, ""]), encoding="utf-8")
 
 
+def run(args: MergeArguments) -> None:
+    """Average, and say where."""
+    merge([model_folder(name) for name in args.models], args.output, weights=args.weights)
+    print(f"model   {args.output}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Average models from the command line; input that cannot be used exits with code 2."""
-    args = tyro.cli(MergeArguments, args=argv, prog="python -m trsd.merge", use_underscores=True)
-    try:
-        merge([model_folder(name) for name in args.models], args.output, weights=args.weights)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    print(f"model   {args.output}")
+    run_command(MergeArguments, run, prog="python -m trsd.merge", argv=argv)
 
 
 if __name__ == "__main__":

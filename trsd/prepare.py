@@ -50,7 +50,6 @@ from trsd.teachers import (
     build_top_k_cache,
     cache_fingerprint,
 )
-from trsd.thinking import sentence_ends
 from trsd.traces import Trace, read_traces, write_traces
 from trsd.truncation import Truncation, build_truncation
 
@@ -243,7 +242,7 @@ def build_method(job: Job, traces: Sequence[Trace]) -> Method:
         seed=recipe.seed,
         branches_per_trace=recipe.branches_per_trace,
         max_tokens=recipe.max_tokens_per_batch,
-        sentence_end=sentence_ends(job.texts) if recipe.snap_to_sentence else None,
+        snap_texts=job.texts if recipe.snap_to_sentence else None,
         keep_thinking=recipe.thinking_weight > 0,
     )
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from trsd.batching import Example, pack_examples
+from trsd.batching import pack_examples
+from trsd.methods.lsp import kept_example
 from trsd.models import logit_options, packed_hidden_states
 from trsd.traces import Trace
 from trsd_kernels import token_surprisal
@@ -39,12 +40,6 @@ class RankSurprisal:
         return self.mean_rank / self.mean_nll if self.mean_nll > 0 else None
 
 
-def response_example(trace: Trace, trace_index: int) -> Example:
-    """The whole trace with its response tokens, reasoning, close and answer, as labels."""
-    labels = [*trace.reasoning_ids, *trace.close_ids, *trace.answer_ids]
-    return Example(trace_index=trace_index, input_ids=[*trace.prompt_ids, *labels[:-1]], labels=labels)
-
-
 @torch.no_grad()
 def rank_surprisal(
     model: PreTrainedModel,
@@ -64,7 +59,10 @@ def rank_surprisal(
         progress: called with (traces done, number of traces).
     """
     head, options = model.get_output_embeddings().weight, logit_options(model.config, "student")
-    examples = [response_example(trace, index) for index, trace in enumerate(traces)]
+    # Reasoning, close and answer; a close that was forced is nobody's response.
+    examples = [
+        kept_example(trace, index, ((0, trace.num_tokens),), ("cot", "a")) for index, trace in enumerate(traces)
+    ]
     widest = max([max_tokens_per_batch, *(example.num_tokens for example in examples)])
     found: dict[int, RankSurprisal] = {}
     # Chunks of traces, because packing makes tensors of everything it is given.

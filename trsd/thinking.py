@@ -136,8 +136,3 @@ def token_texts(tokenizer: Any, vocab_size: int) -> list[str]:
     known = len(tokenizer)
     texts = tokenizer.batch_decode([[i] for i in range(known)], clean_up_tokenization_spaces=False)
     return [*texts, *[""] * (vocab_size - known)]
-
-
-def sentence_ends(texts: Sequence[str]) -> list[bool]:
-    """For every token, whether it ends a sentence: its text closes with ``.``, ``!``, ``?`` or a line break."""
-    return [text.endswith((".", "!", "?", "\n")) for text in texts]

@@ -8,17 +8,14 @@
 Rows of any other form are read as ``data.py`` reads them.
 """
 
-from itertools import islice
 from typing import Any
 
-from trsd.data import Loaded, RowReader, describe_drops, source_rows
+from trsd.data import Loaded, describe_drops, load_data
 from trsd.errors import InputError
 from trsd.thinking import ThinkFormat
-from trsd.traces import Trace
 
 NO_FINAL_ANSWER = "no #### and final answer behind the worked solution"
 NO_REASONING = "no reasoning tokens"
-DUPLICATE = "exact duplicate"
 
 
 def load_traces(
@@ -36,31 +33,23 @@ def load_traces(
     Raises:
         InputError: a malformed row, rows without reasoning, or no usable row at all.
     """
-    loaded, seen = Loaded(), set()
-    reader = RowReader(tokenizer, think)
-    for where, row in islice(source_rows(source), max_rows):
-        row = _as_solution(row, where=where) if solutions else _as_response(row, where=where)
-        item = row if isinstance(row, str) else reader.read(row, where=where)
-        if isinstance(item, Trace) and not item.reasoning_ids:
-            item = NO_REASONING
-        if isinstance(item, str):
-            loaded.dropped[item] += 1
-        elif not isinstance(item, Trace):
-            raise InputError(
-                f"{where}: a question without reasoning; generate traces first (python -m trsd.generate), or pass "
-                "--solutions True when its answer column holds worked solutions that end in #### and the answer"
-            )
-        elif item.id in seen:
-            loaded.dropped[DUPLICATE] += 1
-        else:
-            seen.add(item.id)
-            loaded.traces.append(item)
-    if not loaded.traces:
-        raise InputError(f"{source} holds no usable row ({describe_drops(loaded.dropped) or 'it is empty'})")
+    adapt = _as_solution if solutions else _as_response
+    loaded = load_data(source, tokenizer=tokenizer, think=think, max_rows=max_rows, adapt=adapt)
+    if loaded.questions:
+        raise InputError(
+            f"{source} holds questions without reasoning; generate traces first (python -m trsd.generate), or pass "
+            "--solutions True when its answer column holds worked solutions that end in #### and the answer"
+        )
+    kept = [trace for trace in loaded.traces if trace.reasoning_ids]
+    if len(kept) < len(loaded.traces):
+        loaded.dropped[NO_REASONING] += len(loaded.traces) - len(kept)
+    if not kept:
+        raise InputError(f"{source} holds no usable row ({describe_drops(loaded.dropped)})")
+    loaded.traces = kept
     return loaded
 
 
-def _as_solution(row: dict[str, Any], *, where: str) -> dict[str, Any] | str:
+def _as_solution(row: dict[str, Any], where: str) -> dict[str, Any] | str:
     """A question with a worked solution as prompt, reasoning and answer; a reason where it has no final answer."""
     name = _question_column(row)
     if name is None or not isinstance(row.get("answer"), str):
@@ -73,7 +62,7 @@ def _as_solution(row: dict[str, Any], *, where: str) -> dict[str, Any] | str:
     return {name: row[name], "reasoning": solution.rstrip(), "answer": final.strip(), "gold": final.strip()}
 
 
-def _as_response(row: dict[str, Any], *, where: str) -> dict[str, Any]:
+def _as_response(row: dict[str, Any], where: str) -> dict[str, Any]:
     """A problem with a tagged response as a conversation; any other row as it is."""
     name = _question_column(row)
     if name is None or "response" not in row:

@@ -25,6 +25,7 @@ from dataclasses import replace
 
 from trsd.batching import Branch, Example
 from trsd.cuts import CutPolicy, cut_generator, snap
+from trsd.sentences import sentence_token_ends
 from trsd.thinking import ThinkFormat
 from trsd.traces import Trace
 
@@ -89,7 +90,7 @@ class TRSD:
         seed: int,
         branches_per_trace: int = 1,
         max_tokens: int | None = None,
-        sentence_end: Sequence[bool] | None = None,
+        snap_texts: Sequence[str] | None = None,
         keep_thinking: bool = False,
     ) -> None:
         """Take the options of a run.
@@ -101,7 +102,7 @@ class TRSD:
             seed: of the cuts.
             branches_per_trace: at how many places each trace is cut in one step.
             max_tokens: most tokens of an example with its branches; what does not fit becomes an example of its own.
-            sentence_end: for each token id, whether it ends a sentence; given, cuts snap back to one.
+            snap_texts: ``token_texts`` of the tokenizer; given, cuts snap back to the end of a sentence.
             keep_thinking: examples also learn the reasoning they are shown, as it stands.
         """
         self.traces = traces
@@ -110,7 +111,8 @@ class TRSD:
         self.seed = seed
         self.branches_per_trace = branches_per_trace
         self.max_tokens = max_tokens
-        self.sentence_end = sentence_end
+        self.snap_texts = snap_texts
+        self._sentence_ends: dict[int, list[int]] = {}
         self.keep_thinking = keep_thinking
 
     def cuts(self, epoch: int, trace_index: int) -> list[int]:
@@ -119,9 +121,11 @@ class TRSD:
         length = len(trace.reasoning_ids)
         draws = cut_generator(self.seed, epoch, trace.id)
         cuts = [self.policy(trace, draws) for _ in range(self.branches_per_trace)]
-        if self.sentence_end is None or min(cuts) == length:
+        if self.snap_texts is None or min(cuts) == length:
             return cuts
-        ends = [i + 1 for i, token in enumerate(trace.reasoning_ids) if self.sentence_end[token]]
+        if trace_index not in self._sentence_ends:
+            self._sentence_ends[trace_index] = sentence_token_ends(trace.reasoning_ids, self.snap_texts)
+        ends = self._sentence_ends[trace_index]
         return [cut if cut == length else snap(cut, ends) for cut in cuts]
 
     def teacher_example(self, trace_index: int) -> Example:

@@ -1,0 +1,21 @@
+"""The way into every command but training: flags from a dataclass, exit code 2 for input that cannot be used."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+
+from trsd.errors import InputError
+from trsd.models import quieten_transformers
+
+
+def run_command(arguments: type, run: Callable[[Any], Any], *, prog: str, argv: Sequence[str] | None) -> None:
+    """Parse ``argv`` (None: the process's) into ``arguments`` and ``run`` them; bad input is printed, exit code 2."""
+    args = tyro.cli(arguments, args=argv, prog=prog, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    quieten_transformers()
+    try:
+        run(args)
+    except (InputError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
