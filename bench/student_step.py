@@ -6,48 +6,29 @@ is packed.
 """
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.measure import Rounds, forget
 from bench.step_settings import BUNDLED, CHECKPOINTED_CHUNK_BYTES
 from trsd.batching import Example, PackedBatch, pack_examples
+from trsd.model_shapes import config_of
 from trsd.models import PACKED_ATTENTION, load_model, model_folder, packed_attention_backend, packed_hidden_states
 from trsd_kernels import FusedLinearDistillation
 
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 
-def qwen3_config(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int) -> Qwen3Config:
-    """A dense Qwen3 with 8 key-value heads of 128 and tied embeddings."""
-    return Qwen3Config(
-        vocab_size=151936,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-
-
-CONFIGS = {"Qwen3-4B": qwen3_config(2560, 9728, 36, 32), "Qwen3-1.7B": qwen3_config(2048, 6144, 28, 16)}
-
-
 def build_model(name: str, device: str) -> PreTrainedModel:
-    """A shape of ``CONFIGS`` with random bf16 weights, made on ``device``, or the bundled reasoner in fp32."""
+    """A shape of ``trsd.model_shapes`` with random bf16 weights on ``device``, or the bundled reasoner in fp32."""
     if name == BUNDLED:
         return load_model(model_folder(name), dtype=torch.float32, device=device)
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.bfloat16)
     model.set_attn_implementation(PACKED_ATTENTION)
     return model
 

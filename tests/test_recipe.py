@@ -4,15 +4,8 @@ from typing import get_args
 import pytest
 import yaml
 
-from trsd.recipe import (
-    AttentionBackend,
-    Recipe,
-    parse_recipe,
-    recipe_as_yaml,
-    resolve_budgets,
-    shipped_recipes,
-    with_method_defaults,
-)
+from trsd.recipe import AttentionBackend, Recipe, resolve_budgets, with_method_defaults
+from trsd.recipe_file import parse_recipe, recipe_as_yaml, shipped_recipes
 from trsd_kernels.attention_backends import BACKENDS
 
 

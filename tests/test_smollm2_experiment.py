@@ -13,7 +13,7 @@ from trsd.demo.smollm2_results import baseline_table, comparison, write_results
 from trsd.errors import InputError
 from trsd.evaluate import EvaluateArguments
 from trsd.generate import GenerateArguments
-from trsd.recipe import parse_recipe
+from trsd.recipe_file import parse_recipe
 
 CONFIG = (tyro.conf.FlagConversionOff,)
 COMMANDS = {

@@ -7,7 +7,8 @@ import pytest
 from conftest import make_tiny_model, make_traces
 
 from trsd import sweep
-from trsd.recipe import Recipe, parse_recipe
+from trsd.recipe import Recipe
+from trsd.recipe_file import parse_recipe
 from trsd.sweep_report import knee, loss_gap, markdown, summarise
 from trsd.traces import write_traces
 

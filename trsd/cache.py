@@ -14,7 +14,8 @@ from trsd.job import Job
 from trsd.models import quieten_transformers
 from trsd.prepare import build_method, prepare_traces
 from trsd.prepare_teacher import cache_folder, describe_cache, prepare_teacher
-from trsd.recipe import Recipe, fail, parse_recipe, recipe_as_yaml
+from trsd.recipe import Recipe
+from trsd.recipe_file import fail, parse_recipe, recipe_as_yaml
 from trsd.run import discard_unbegun, open_run
 
 

@@ -4,15 +4,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import tyro
-
 from trsd.errors import InputError
+from trsd.flags import parse_flags
 from trsd.models import quieten_transformers
 
 
 def run_command(arguments: type, run: Callable[[Any], Any], *, prog: str, argv: Sequence[str] | None) -> None:
     """Parse ``argv`` (None: the process's) into ``arguments`` and ``run`` them; bad input is printed, exit code 2."""
-    args = tyro.cli(arguments, args=argv, prog=prog, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    args = parse_flags(arguments, argv, prog=prog)
     quieten_transformers()
     try:
         run(args)

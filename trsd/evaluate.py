@@ -31,7 +31,7 @@ from trsd.files import write_json, write_text
 from trsd.grading import check_grader, extract_answer, grade, has_format, last_boxed, num_undecided
 from trsd.metrics import progress_bar
 from trsd.plots import plot_curves
-from trsd.recipe import Budgets, budget_problems, resolve_budgets
+from trsd.recipe import budget_problems, resolve_budgets
 from trsd.responses import grade_file
 from trsd.statistics import accuracy_figures, area_under_curve
 
@@ -315,7 +315,7 @@ class EvaluateArguments(DecodingArguments):
     """Grade these instead of a model: .jsonl or .parquet rows of problem or question, answer and response."""
     data: str = "bundled:questions/evaluation.jsonl"
     """Questions with reference answers: .jsonl, .parquet, a hub data set, or the short name of a benchmark."""
-    budgets: Budgets = ("0%", "25%", "50%", "75%", "100%")
+    budgets: tuple[str, ...] = ("0%", "25%", "50%", "75%", "100%")
     """Thinking budgets: tokens, or percent of the median unconstrained thinking; '' for unconstrained alone."""
     output_dir: Path | None = None
     """Where evaluation.json, table.txt and curve.png go; left out, only the table is printed."""

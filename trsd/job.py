@@ -1,9 +1,7 @@
 """What every stage of a run shares: recipe, folder, tokenizer, think format, models, device and precision."""
 
-from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
@@ -23,20 +21,17 @@ from trsd.models import (
     load_tokenizer,
     logit_options,
     model_folder,
-    packed_attention_backend,
 )
+from trsd.placement import Placement
 from trsd.recipe import Recipe
 from trsd.thinking import ThinkFormat, token_texts
 
 
-class Job:
+class Job(Placement):
     """Models and settings of one run."""
 
     def __init__(self, recipe: Recipe, output_dir: Path) -> None:
-        self.recipe = recipe
         self.output_dir = output_dir
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.bf16 = self.device == "cuda" if recipe.bf16 is None else recipe.bf16
         self.student_folder = model_folder(recipe.model_name_or_path)
         teacher = recipe.teacher_model_name_or_path
         self.teacher_folder = model_folder(teacher) if teacher else self.student_folder
@@ -44,9 +39,13 @@ class Job:
         if teacher:
             other = load_tokenizer(self.teacher_folder, trust_remote_code=recipe.trust_remote_code)
             check_same_tokenizer(self.tokenizer, other, student=self.student_folder, teacher=self.teacher_folder)
+        configs = [
+            AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code) for folder in self._folders
+        ]
+        super().__init__(recipe, *configs, device="cuda" if torch.cuda.is_available() else "cpu")
         if recipe.teacher == "top_k_cache" and recipe.teacher_top_k > self.vocab_size:
             raise InputError(f"teacher_top_k: expected at most the {self.vocab_size} tokens of the vocabulary")
-        capped = "student_logit_softcap" in logit_options(self.student_config(), "student")
+        capped = "student_logit_softcap" in logit_options(self.student_config, "student")
         if recipe.teacher == "vector_cache" and capped:
             raise InputError(
                 "teacher: vectors need logits that are linear in the hidden states, and this student caps them: use "
@@ -57,14 +56,9 @@ class Job:
         )
 
     @cached_property
-    def vocab_size(self) -> int:
-        """Rows that both heads have; one may be padded further than the other."""
-        return min(self._config(folder).get_text_config().vocab_size for folder in self._folders)
-
-    @cached_property
     def texts(self) -> list[str]:
         """The text of every token id of the larger vocabulary."""
-        size = max(self._config(folder).get_text_config().vocab_size for folder in self._folders)
+        size = max(config.get_text_config().vocab_size for config in (self.student_config, self.teacher_config))
         return token_texts(self.tokenizer, size)
 
     @property
@@ -113,39 +107,8 @@ class Job:
         """A model that is only read."""
         return self._load(folder, self.reading_dtype)
 
-    @property
-    def reading_dtype(self) -> torch.dtype:
-        """Of weights that are only read, and so of a teacher's hidden states."""
-        return torch.bfloat16 if self.bf16 else torch.float32
-
     def _load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         return load_model(folder, dtype=dtype, device=self.device, trust_remote_code=self.recipe.trust_remote_code)
-
-    def student_config(self) -> Any:
-        """The student's config, without its weights."""
-        return self._config(self.student_folder)
-
-    def teacher_config(self) -> Any:
-        """The teacher's config, without its weights."""
-        return self._config(self.teacher_folder)
-
-    def _config(self, folder: Path) -> Any:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=self.recipe.trust_remote_code)
-
-    def attention_backend(self, model: PreTrainedModel, *, branches: bool) -> str:
-        """The attention back end of the recipe for rows of ``model``."""
-        return packed_attention_backend(
-            model.config,
-            self.recipe.attn_implementation,
-            device=self.device,
-            dtype=self.reading_dtype,
-            branches=branches,
-            max_length=self.recipe.max_length,
-        )
-
-    def compute(self) -> AbstractContextManager[Any]:
-        """The precision of forward passes."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
 
     def decoder(self, model: PreTrainedModel, what: str, sampling: Sampling | None = None) -> Decoder:
         """A decoder of ``model`` with this run's think format."""

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from trsd.batching import PackedBatch, TraceStream, pack_examples
 from trsd.flops import FlopCounter, head_flops
 from trsd.guards import clip_gradients
-from trsd.job import Job
 from trsd.methods import Method
 from trsd.models import logit_options, packed_hidden_states
 from trsd.objective import Objective
 from trsd.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from trsd.placement import Placement
 from trsd.teacher_cache import HiddenCache
 from trsd.teachers import OnlineTeacher, Teacher
 from trsd_kernels import FusedLinearDistillation, fill_rate
@@ -23,40 +23,40 @@ from trsd_kernels import FusedLinearDistillation, fill_rate
 class Loop:
     """Optimizer steps of one model; a step is a function of its number and the state so far."""
 
-    def __init__(self, job: Job, model: PreTrainedModel, teacher: Teacher | None, method: Method) -> None:
-        recipe = job.recipe
-        self.job, self.model, self.teacher, self.method = job, model, teacher, method
+    def __init__(self, placement: Placement, model: PreTrainedModel, teacher: Teacher | None, method: Method) -> None:
+        recipe = placement.recipe
+        self.placement, self.model, self.teacher, self.method = placement, model, teacher, method
         num_traces = len(method.traces)
         self.stream = TraceStream(num_traces, batch_size=recipe.train_batch_size, seed=recipe.seed)
         self.num_steps = recipe.max_steps or math.ceil(recipe.num_train_epochs * num_traces / recipe.train_batch_size)
         self.optimizer = build_optimizer(model, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay)
         student_logits = logit_options(model.config, "student")
         self.objective = Objective(
-            vocab_size=job.vocab_size,
+            vocab_size=placement.vocab_size,
             chunk_bytes=recipe.loss_chunk_bytes,
             alpha=recipe.alpha,
             divergence=recipe.divergence,
             beta=recipe.beta,
             temperature=recipe.temperature,
             **student_logits,
-            **logit_options(job.teacher_config(), "teacher"),
+            **logit_options(placement.teacher_config, "teacher"),
         )
         self.keep_thinking = FusedLinearDistillation(alpha=0.0, chunk_bytes=recipe.loss_chunk_bytes, **student_logits)
-        self.backend = job.attention_backend(model, branches=recipe.branches_per_trace > 1)
+        self.backend = placement.attention_backend(model, branches=recipe.branches_per_trace > 1)
         self.flops = FlopCounter(model)
         self.teacher_flops = FlopCounter(teacher.model) if isinstance(teacher, OnlineTeacher) else None
 
     def step(self, step: int) -> dict[str, float]:
         """Run optimizer step ``step`` (from 0) and return its metrics."""
         start = time.perf_counter()
-        recipe = self.job.recipe
+        recipe = self.placement.recipe
         factor = learning_rate_factor(
             recipe.lr_scheduler_type, step, num_steps=self.num_steps, warmup_ratio=recipe.warmup_ratio
         )
         set_learning_rate(self.optimizer, recipe.learning_rate * factor)
         members = self.stream.step(step)
         examples = self.method.examples(members)
-        batches = pack_examples(examples, recipe.max_tokens_per_batch, self.job.device)
+        batches = pack_examples(examples, recipe.max_tokens_per_batch, self.placement.device)
         num_items = sum(batch.num_items for batch in batches)
         self.model.train()
         num_thinking = sum(batch.num_thinking for batch in batches)
@@ -86,7 +86,7 @@ class Loop:
 
     def _flops(self, batches: list[PackedBatch]) -> float:
         """Operations of the student, of a teacher that runs beside it, and of the teacher's head."""
-        total = self.flops.training(batches, recomputed=self.job.recipe.gradient_checkpointing)
+        total = self.flops.training(batches, recomputed=self.placement.recipe.gradient_checkpointing)
         if isinstance(self.teacher, OnlineTeacher | HiddenCache):
             total += head_flops(self.teacher.lm_head_weight.numel(), sum(len(batch.labels) for batch in batches))
         if self.teacher_flops is None:
@@ -97,7 +97,7 @@ class Loop:
 
     def _backward(self, batch: PackedBatch, num_items: int, num_thinking: int) -> Tensor:
         """Add the gradients of one packed row; returns its [loss, cross-entropy, divergence, thinking]."""
-        with self.job.compute():
+        with self.placement.compute():
             hidden = packed_hidden_states(self.model, batch.input_ids, batch.layout, backend=self.backend)
             head = self.model.get_output_embeddings().weight
             targets = None if self.teacher is None else self.teacher.targets(batch.trace_indices)
@@ -114,6 +114,6 @@ class Loop:
                 token_weights=batch.thinking_weights,
                 num_items_in_batch=num_thinking,
             ).loss
-            loss = out.loss + self.job.recipe.thinking_weight * thinking
+            loss = out.loss + self.placement.recipe.thinking_weight * thinking
         loss.backward()
         return torch.stack([loss.detach(), out.cross_entropy, out.divergence, thinking.detach()])

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,24 +25,20 @@ from trsd.command import run_command
 from trsd.errors import InputError
 from trsd.files import share_like_folder
 from trsd.models import load_tokenizer, model_folder, tokenizer_fingerprint
-from trsd.recipe import Floats, comma_list
 
 # What a config may differ in without being another model.
 LOOSE_FIELDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
-
-
-Folders = Annotated[tuple[str, ...], comma_list(str, "FOLDER,FOLDER,...")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeArguments:
     """Average the weights of models that share an architecture and a tokenizer."""
 
-    models: Folders
+    models: tuple[str, ...]
     """Model folders or hub names, two or more; the first also gives config and tokenizer."""
     output: Path
     """The model folder to write."""
-    weights: Floats = ()
+    weights: tuple[float, ...] = ()
     """What each model counts; scaled to sum to 1. Left out: all the same."""
 
 

@@ -121,7 +121,7 @@ def _given_traces(job: Job) -> tuple[list[Trace], Counter[str]]:
 
 def _judgeable(job: Job, traces: list[Trace]) -> tuple[list[Trace], Counter[str]]:
     """(traces that judge and completion can work on, dropped by reason): the longest prefix is all the reasoning."""
-    recipe, config = job.recipe, job.student_config().get_text_config()
+    recipe, config = job.recipe, job.student_config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or float("inf")
     asked = (
         SELF_JUDGE_PROMPT + INSTRUCTION

@@ -94,8 +94,8 @@ def cache_layout(job: Job) -> RowLayout:
     if job.recipe.teacher == "top_k_cache":
         return top_k_layout(job.recipe.teacher_top_k)
     if job.recipe.teacher == "vector_cache":
-        return vector_layout(job.student_config().get_text_config().hidden_size)
-    return hidden_layout(job.teacher_config().get_text_config().hidden_size, job.reading_dtype)
+        return vector_layout(job.student_config.get_text_config().hidden_size)
+    return hidden_layout(job.teacher_config.get_text_config().hidden_size, job.reading_dtype)
 
 
 def _fingerprint(job: Job, examples: Sequence[Example]) -> dict[str, str]:
@@ -123,7 +123,7 @@ def _build(job: Job, folder: Path, examples: Sequence[Example], fingerprint: dic
         build_hidden_cache(folder, _online_teacher(job, examples), dtype=job.reading_dtype, **shared)
         return
     shared |= {"vocab_size": job.vocab_size, "temperature": recipe.temperature}
-    shared |= logit_options(job.teacher_config(), "teacher")
+    shared |= logit_options(job.teacher_config, "teacher")
     if recipe.teacher == "top_k_cache":
         build_top_k_cache(folder, _online_teacher(job, examples), k=recipe.teacher_top_k, **shared)
     else:

@@ -1,42 +1,13 @@
-"""The recipe: every setting of a run in one strict dataclass, from YAML and then from flags.
+"""The recipe: every setting of a run in one strict dataclass, and what contradicts itself in one.
 
-An unknown key, a wrong type or a contradiction ends the program with exit code 2, the key's name and a suggestion.
+How it is read from YAML and flags: ``recipe_file.py``.
 """
 
-import argparse
-import difflib
 import re
-import sys
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
-import tyro
-import yaml
-
-RECIPES = Path(__file__).parent / "recipes"
-DEMO = "demo"
-
-
-def comma_list(item: type, metavar: str) -> Any:
-    """A tyro constructor for a tuple written as ``a,b,c``."""
-
-    def parse(args: list[str]) -> tuple[Any, ...]:
-        return tuple(item(part.strip()) for part in args[0].split(",") if part.strip())
-
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=parse,
-        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(part, item) for part in value),
-        str_from_instance=lambda value: [",".join(str(part) for part in value)],
-    )
-
-
-Floats = Annotated[tuple[float, ...], comma_list(float, "FLOAT,FLOAT,...")]
-Ints = Annotated[tuple[int, ...], comma_list(int, "INT,INT,...")]
 AttentionBackend = Literal["auto", "triton", "flash_attn_4", "flash_attn_3", "flash_attn_2", "torch", "sdpa"]
-Budgets = Annotated[tuple[str, ...], comma_list(str, "TOKENS|PERCENT%,...")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +54,9 @@ class Recipe:
     cut: Literal["uniform", "log_uniform", "fractions", "budgets", "first_derivation", "judged"] = "uniform"
     """trsd: where the reasoning is cut: at a drawn share or scale of it, at one of some shares or token counts, behind
     the first derivation of the answer, or behind the shortest prefix that a judge finds sufficient."""
-    cut_fractions: Floats = (0.25, 0.5, 0.75)
+    cut_fractions: tuple[float, ...] = (0.25, 0.5, 0.75)
     """trsd: shares of the reasoning kept, for cut=fractions."""
-    cut_budgets: Ints = (64, 256, 1024)
+    cut_budgets: tuple[int, ...] = (64, 256, 1024)
     """trsd: reasoning tokens kept, for cut=budgets."""
     snap_to_sentence: bool = False
     """trsd: move each cut back to the last sentence end."""
@@ -164,7 +135,7 @@ class Recipe:
     seed: int = 0
     """Seed of sampling, cuts and order."""
 
-    eval_budgets: Budgets = ("0%", "25%", "50%", "75%", "100%")
+    eval_budgets: tuple[str, ...] = ("0%", "25%", "50%", "75%", "100%")
     """Thinking budgets to evaluate: tokens, or percent of the untrained student's median thinking."""
     logging_steps: int = 10
     """A line is printed every so many steps; metrics.jsonl gets every step."""
@@ -254,6 +225,11 @@ def with_method_defaults(recipe: Recipe) -> Recipe:
     return replace(recipe, **{name: value for name, value in defaults if getattr(recipe, name) is None})
 
 
+def belongs_to_a_method(name: str) -> bool:
+    """Whether a field means something, or something else, by the method: another method starts without it."""
+    return name in METHOD_FIELDS or any(name in defaults for defaults in METHOD_DEFAULTS.values())
+
+
 def method_problems(recipe: Recipe) -> list[str]:
     """What is wrong with the fields that one method has and another has not."""
     found, method = [], recipe.method
@@ -318,151 +294,3 @@ def resolve_budgets(budgets: tuple[str, ...], median_thinking_tokens: float) -> 
         text: round(float(text[:-1]) / 100 * median_thinking_tokens) if text.endswith("%") else int(text)
         for text in budgets
     }
-
-
-def fail(message: str) -> NoReturn:
-    """Print what is wrong and exit with code 2, as for any wrong command line."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def _as_flags(values: dict[str, Any], path: Path) -> list[str]:
-    """YAML values as command-line words, so that one parser checks both; unknown keys are refused here."""
-    known = {entry.name: entry.type for entry in fields(Recipe)}
-    words = []
-    for key, value in values.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(known)}"
-            fail(f"{path}: unknown key {key!r}{hint}")
-        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, list | dict) for v in value)):
-            fail(f"{path}: {key}: expected a plain value, got {value!r}")
-        if known[key] in (str, str | None) and not isinstance(value, known[key]):
-            fail(f"{path}: {key}: expected text, got {value!r} (put it in quotes if it is meant as text)")
-        words += [f"--{key}", ",".join(str(part) for part in value) if isinstance(value, list) else str(value)]
-    return words
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML without its silent choice between two values of one key."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _yaml_values(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The ``key: value`` lines of a recipe over those of the recipe it names as ``base``."""
-    if path.resolve() in seen:
-        fail(f"{path}: base: these recipes build on each other in a circle")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys) or {}
-    except OSError as error:
-        fail(f"no recipe at {path} ({error.strerror}); shipped: {', '.join(shipped_recipes())}")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        fail(f"{path} is not YAML: {error}")
-    if not isinstance(values, dict):
-        fail(f"{path}: expected `key: value` lines, got {type(values).__name__}")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    beside = path.parent / str(base)
-    below = _yaml_values(beside if beside.is_file() else resolve_config(str(base)), (*seen, path.resolve()))
-    if "method" in values and values["method"] != below.get("method", Recipe.method):
-        below = {name: value for name, value in below.items() if not _belongs_to_a_method(name)}
-    return below | values
-
-
-def _belongs_to_a_method(name: str) -> bool:
-    """Whether a field means something, or something else, by the method: another method starts without it."""
-    return name in METHOD_FIELDS or any(name in defaults for defaults in METHOD_DEFAULTS.values())
-
-
-def load_recipe(path: Path) -> Recipe:
-    """The recipe of a YAML file over its ``base`` and the defaults; exits with code 2 when it is wrong."""
-    values = _yaml_values(path)
-    try:
-        return tyro.cli(Recipe, args=_as_flags(values, path), prog=str(path), use_underscores=True, config=_TYRO_CONFIG)
-    except SystemExit:
-        print(f"error: the value above is wrong in {path}", file=sys.stderr)
-        raise
-
-
-_TYRO_CONFIG = (tyro.conf.FlagConversionOff,)
-
-
-def parse_recipe(argv: list[str] | None = None, *, prog: str = "python -m trsd.train") -> tuple[Recipe, str, bool]:
-    """(recipe, its name, dry run) of a command line of ``prog``: the YAML of ``--config``, then the flags."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    parser.add_argument("--dry_run", action="store_true")
-    own, rest = parser.parse_known_args(argv)
-    base, name = Recipe(), "run"
-    if own.config or not names_a_job(rest):
-        path = resolve_config(own.config or _demo_of(rest))
-        base, name = load_recipe(path), path.stem
-        if _method_of(rest) not in (None, base.method):
-            base = _without_method_fields(base, name)
-    description = (
-        "Distil a reasoning model from partial chains of thought.\n\n"
-        f"--config RECIPE   a YAML file or a shipped recipe ({', '.join(shipped_recipes())}) that the flags override;\n"
-        "                  left out: the demo of the method, or the plain defaults when a flag names a model or data\n"
-        "--dry_run         print the resolved recipe and stop"
-    )
-    recipe = tyro.cli(
-        Recipe,
-        args=rest,
-        default=base,
-        prog=prog,
-        description=description,
-        use_underscores=True,
-        config=_TYRO_CONFIG,
-    )
-    if found := recipe.problems():
-        fail("\n       ".join(found))
-    return with_method_defaults(recipe), name, own.dry_run
-
-
-def names_a_job(words: list[str]) -> bool:
-    """Whether flags bring a model or data of their own, for which the demo's limits would be wrong."""
-    names = {word.split("=")[0].replace("-", "_") for word in words}
-    return bool(names & {"__model_name_or_path", "__data"})
-
-
-def _demo_of(words: list[str]) -> str:
-    """The demo of the method that flags name."""
-    name = f"{DEMO}-{_method_of(words)}"
-    return name if name in shipped_recipes() else DEMO
-
-
-def _without_method_fields(recipe: Recipe, name: str) -> Recipe:
-    """``recipe`` for another method: what belongs to a method is left out of it, and said."""
-    reset = {field.name: field.default for field in fields(Recipe) if _belongs_to_a_method(field.name)}
-    if said := [key for key, value in reset.items() if getattr(recipe, key) != value]:
-        print(f"note: {name} is of method {recipe.method}, so left out: {', '.join(said)}", file=sys.stderr)
-    return replace(recipe, **reset)
-
-
-def _method_of(words: list[str]) -> str | None:
-    """The method that flags name."""
-    spelled = [word for pair in words for word in pair.split("=", 1)]
-    return spelled[spelled.index("--method") + 1] if "--method" in spelled[:-1] else None
-
-
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def resolve_config(text: str) -> Path:
-    """A YAML path, or the bare name of a shipped recipe."""
-    return RECIPES / f"{text}.yaml" if text in shipped_recipes() and not Path(text).is_file() else Path(text)
-
-
-def recipe_as_yaml(recipe: Recipe) -> str:
-    """The recipe as a YAML file that loads to the same recipe."""
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(recipe).items()}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

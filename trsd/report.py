@@ -15,7 +15,8 @@ import yaml
 
 from trsd.metrics import read_metrics
 from trsd.plots import plot_curves, plot_loss
-from trsd.recipe import Recipe, recipe_as_yaml
+from trsd.recipe import Recipe
+from trsd.recipe_file import recipe_as_yaml
 from trsd.run import ENVIRONMENT_FILE, RECIPE_FILE
 
 LOSS_TERMS = {

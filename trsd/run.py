@@ -15,7 +15,8 @@ import yaml
 from trsd.checkpoint import checkpoints, sweep
 from trsd.errors import InputError
 from trsd.files import write_json, write_text
-from trsd.recipe import Recipe, recipe_as_yaml
+from trsd.recipe import Recipe
+from trsd.recipe_file import recipe_as_yaml
 from trsd.row_shards import building_folder, lock_file
 
 RECIPE_FILE = "recipe.yaml"

@@ -27,7 +27,8 @@ from trsd.methods.lsp import learnable
 from trsd.metrics import read_metrics
 from trsd.models import quieten_transformers
 from trsd.prepare import sections, share_traces
-from trsd.recipe import Recipe, fail, names_a_job, parse_recipe, recipe_as_yaml
+from trsd.recipe import Recipe
+from trsd.recipe_file import fail, names_a_job, parse_recipe, recipe_as_yaml
 from trsd.run import FREE_TO_CHANGE, RECIPE_FILE
 from trsd.sweep_report import write_sweep
 from trsd.truncation import SIDES, build_truncation

@@ -29,7 +29,8 @@ from trsd.metrics import MetricsLog, progress_bar, say, step_line
 from trsd.models import quieten_transformers
 from trsd.prepare import build_method, prepare_traces
 from trsd.prepare_teacher import prepare_teacher, student_as_teacher
-from trsd.recipe import Recipe, fail, parse_recipe, recipe_as_yaml
+from trsd.recipe import Recipe
+from trsd.recipe_file import fail, parse_recipe, recipe_as_yaml
 from trsd.report import model_card, summary, write_report
 from trsd.run import discard_unbegun, open_run
 

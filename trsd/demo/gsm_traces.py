@@ -34,7 +34,6 @@ from trsd.demo.problems import Problem, as_row, split_of
 from trsd.errors import InputError
 from trsd.files import write_text
 from trsd.grading import as_fraction
-from trsd.recipe import Ints
 from trsd.traces import read_rows
 
 # The templates of gsm_symbolic of which the first 100 draws all serve, the shortest questions and traces first.
@@ -218,7 +217,7 @@ class TraceArguments:
     """Which of gsm_symbolic's problems; no question is in both."""
     num_symbolic: int = 0
     """Problems from gsm_symbolic."""
-    templates: Ints = EASY_TEMPLATES
+    templates: tuple[int, ...] = EASY_TEMPLATES
     """Numbers of the generators of gsm_symbolic, drawn in turn."""
     gsm8k: Path | None = None
     """A file of GSM8K, train for training."""

@@ -1,0 +1,50 @@
+"""Flags of a command line from the fields of a dataclass: names with underscores, tuples as ``a,b,c``."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar, get_args
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+Arguments = TypeVar("Arguments")
+_REGISTRY = ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _comma_list(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """``tuple[item, ...]`` as one word."""
+    if info.type_origin is not tuple or get_args(info.type)[1:] != (...,):
+        return None
+    item = get_args(info.type)[0]
+    name = {str: "TEXT"}.get(item, item.__name__.upper())
+
+    def parse(words: list[str]) -> tuple[Any, ...]:
+        return tuple(item(part.strip()) for part in words[0].split(",") if part.strip())
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{name},{name},...",
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(part, item) for part in value),
+        str_from_instance=lambda value: [",".join(str(part) for part in value)],
+    )
+
+
+def parse_flags(arguments: type[Arguments], words: Sequence[str] | None, *, prog: str, **options: Any) -> Arguments:
+    """``words`` (None: the process's) as an instance of ``arguments``; exits with code 2 on what it cannot read.
+
+    Args:
+        arguments: a dataclass; the docstrings under its fields are the help.
+        words: of the command line.
+        prog: what the help calls the command.
+        **options: of ``tyro.cli``, such as ``default`` and ``description``.
+    """
+    return tyro.cli(
+        arguments,
+        args=words,
+        prog=prog,
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+        registry=_REGISTRY,
+        **options,
+    )

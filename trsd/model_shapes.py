@@ -1,0 +1,87 @@
+"""Configs of well-known models by name, to plan or measure with when their weights are not at hand.
+
+The shapes are those of the models' published config files; tests hold their parameter counts.
+"""
+
+from transformers import AutoConfig, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from trsd.errors import InputError
+from trsd.models import model_folder
+
+
+def _qwen3(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, *, tied: bool) -> Qwen3Config:
+    """A dense Qwen3: 8 key-value heads of 128."""
+    return Qwen3Config(
+        vocab_size=151936,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        tie_word_embeddings=tied,
+        use_cache=False,
+    )
+
+
+SHAPES = {
+    "Qwen3-0.6B": lambda: _qwen3(1024, 3072, 28, 16, tied=True),
+    "Qwen3-1.7B": lambda: _qwen3(2048, 6144, 28, 16, tied=True),
+    "Qwen3-4B": lambda: _qwen3(2560, 9728, 36, 32, tied=True),
+    "Qwen3-8B": lambda: _qwen3(4096, 12288, 36, 32, tied=False),
+    "Qwen3-14B": lambda: _qwen3(5120, 17408, 40, 40, tied=False),
+    "Qwen3-32B": lambda: _qwen3(5120, 25600, 64, 64, tied=False),
+    "Qwen2.5-7B": lambda: Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=131072,
+        tie_word_embeddings=False,
+        use_cache=False,
+    ),
+    "Phi-4-mini": lambda: Phi3Config(
+        vocab_size=200064,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=32,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        max_position_embeddings=4096,
+        pad_token_id=199999,
+        bos_token_id=199999,
+        eos_token_id=199999,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+        tie_word_embeddings=True,
+        use_cache=False,
+    ),
+    "SmolLM2-135M": lambda: LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        use_cache=False,
+    ),
+}
+
+
+def config_of(name_or_path: str) -> PreTrainedConfig:
+    """The config of a name in ``SHAPES``, with or without its owner and ``-Base`` or ``-Instruct``, or of a model.
+
+    Raises:
+        InputError: neither a known name nor a model that can be had, with the names that are known.
+    """
+    name = name_or_path.rsplit("/", 1)[-1].removesuffix("-Base").removesuffix("-Instruct")
+    if name in SHAPES:
+        return SHAPES[name]()
+    try:
+        return AutoConfig.from_pretrained(model_folder(name_or_path))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name_or_path}: no known shape ({', '.join(SHAPES)}), and no model ({error})") from error
