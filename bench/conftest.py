@@ -2,11 +2,13 @@
 
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
-from bench.measure import forget
+from bench.measure import forget, record_lines
 from bench.record import Results
 
 RESULTS = pytest.StashKey[list[Results]]()
@@ -25,6 +27,12 @@ def out_of_time():
     """Whether TRSD_BENCH_SECONDS, where set, have passed since the first line began."""
     allowed, start = float(os.environ.get("TRSD_BENCH_SECONDS", "inf")), time.monotonic()
     return lambda: time.monotonic() - start > allowed
+
+
+@pytest.fixture
+def record(results: Results, benchmark: Callable, out_of_time: Callable[[], bool]) -> Callable[..., None]:
+    """``record_lines`` for this test: takes the lines, what measures them, and what ``pip install`` would take."""
+    return partial(record_lines, results, out_of_time=out_of_time, benchmark=benchmark)
 
 
 @pytest.fixture(scope="session", autouse=True)

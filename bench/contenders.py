@@ -36,6 +36,8 @@ class Contender:
     """The same work with every operation in sight of ``LiveBytes``."""
     compiles: bool = False
     """Needs many seconds before it first runs."""
+    check: Callable[[Inputs, Loss], Callable[[], Tensor]] | None = None
+    """The same computation not compiled, to be checked by; None: ``step`` itself."""
 
 
 def _heads(inputs: Inputs) -> tuple[Head, Head]:
@@ -100,14 +102,15 @@ def ours_from_vectors(inputs: Inputs, loss: Loss) -> Callable[[], Tensor]:
     """A frozen head against cached teacher vectors; making the cache is not timed."""
     student_h, student_w, teacher_h, teacher_w, labels = inputs.positional()
     targets = teacher_vectors(teacher_h, teacher_w, student_w, temperature=loss.temperature)
-    return lambda: distill_from_vectors(student_h, student_w, targets, labels, alpha=loss.alpha).loss
+    options = dict(alpha=loss.alpha, temperature=loss.temperature)
+    return lambda: distill_from_vectors(student_h, student_w, targets, labels, **options).loss
 
 
 def bare_gemms(inputs: Inputs, loss: Loss) -> Callable[[], None]:
     """The floor: only the products that the loss cannot do without, on the rows at a time that our plan takes.
 
-    Student logits, teacher logits and dH, and dW for a trained head, with fp32 results; a random matrix stands for
-    dloss/dlogits.
+    Student logits, teacher logits where there is a divergence, and dH, and dW for a trained head, with fp32 results; a
+    random matrix stands for dloss/dlogits.
     """
     student_h, student_w, teacher_h, teacher_w, _ = (x.detach() for x in inputs.positional())
     num_tokens, vocab_size = len(student_h), len(student_w)
@@ -118,7 +121,9 @@ def bare_gemms(inputs: Inputs, loss: Loss) -> Callable[[], None]:
         dh, dw = torch.empty_like(student_h), None
         for part in row_chunks(num_tokens, chunk):
             hidden = student_h[part]
-            logits = product(hidden, student_w.T), product(teacher_h[part], teacher_w.T)
+            logits = [product(hidden, student_w.T)]
+            if loss.alpha:
+                logits.append(product(teacher_h[part], teacher_w.T))
             here = gradient[: len(hidden)]
             dh[part] = product(here, student_w)
             if inputs.head_is_trained and dw is None:
@@ -167,7 +172,7 @@ SMALL_VOCAB = Contender("ours (vocab, 256 MiB)", ours("vocab", SMALL_CHUNK_BYTES
 VECTORS = Contender("ours (cached vectors)", ours_from_vectors, uncounted=True)
 BARE_GEMMS = Contender("bare GEMMs", bare_gemms)
 EAGER = Contender("eager torch", eager)
-COMPILED = Contender("torch.compile", compiled_eager, uncounted=True, compiles=True)
+COMPILED = Contender("torch.compile", compiled_eager, uncounted=True, compiles=True, check=eager)
 TRL = Contender("TRL chunked divergence", peers.trl_chunked_divergence, install="trl==1.16.0")
 LIGER_FUSED = Contender("Liger fused JSD", peers.liger_fused_jsd, install="liger-kernel==0.8.5")
 LIGER_FUSED_FP32 = Contender("Liger fused JSD, fp32 dW", peers.liger_fused_jsd_fp32, install="liger-kernel==0.8.5")

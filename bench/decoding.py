@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from transformers import GenerationConfig
 
-from bench.measure import Rounds
+from bench.measure import Rounds, timed_fields
 from trsd.data import load_data
 from trsd.decoding import Decoder, Limits
 from trsd.engines.hf import HFEngine
@@ -100,8 +100,4 @@ def take_turns(
     on_gpu = torch.cuda.is_available()
     run, other = Rounds(work, on_gpu=on_gpu), Rounds(reference, on_gpu=on_gpu)
     benchmark.pedantic(run.once, setup=other.once, rounds=rounds)
-    return dict(
-        milliseconds=run.milliseconds,
-        reference_milliseconds=other.milliseconds,
-        rounds=len(run.seconds),
-    )
+    return timed_fields(run, other)

@@ -1,18 +1,115 @@
 """What the suites record: a kind of line each, with the table it shows itself in."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 from bench.record import GIB, shown
 
 
-@dataclass(frozen=True)
-class LossLine:
-    """One contender's forward and backward of the distillation loss at one shape."""
+@dataclass(frozen=True, kw_only=True)
+class InTurnLine:
+    """One contender of one setting, measured in turn with the setting's reference; what is unknown is None."""
 
-    columns: ClassVar = ("ms", "x GEMMs", "peak GiB", "x GEMMs", "grads GiB", "loss", "rounds")
+    columns: ClassVar[tuple[str, ...]] = ()
 
-    num_tokens: int
+    group: str
+    """The setting: what the line may be compared with."""
+    contender: str
+    outcome: str = "ok"
+    """"ok", or why there is nothing else."""
+    milliseconds: float | None = None
+    """Median."""
+    quartiles: tuple[float, float] | None = None
+    """Milliseconds of the first and the third quartile."""
+    reference_milliseconds: float | None = None
+    """Median of the reference, run in turn with this line."""
+    reference_quartiles: tuple[float, float] | None = None
+    rounds: int = 0
+    peak_bytes: int | None = None
+    reference_peak_bytes: int | None = None
+    num_tokens: int | None = None
+    """Tokens that run."""
+    flops: float | None = None
+    """Operations that the work asks for, two a multiply-add; not those that a contender adds."""
+    moved_bytes: float | None = None
+    """Bytes that must be moved at least."""
+
+    @property
+    def time_ratio(self) -> float | None:
+        """Times the reference's median."""
+        return self.milliseconds and self.reference_milliseconds and self.milliseconds / self.reference_milliseconds
+
+    @property
+    def memory_ratio(self) -> float | None:
+        """Times the reference's peak."""
+        return self.peak_bytes and self.reference_peak_bytes and self.peak_bytes / self.reference_peak_bytes
+
+    @property
+    def spread(self) -> float | None:
+        """Half the distance of the quartiles, as a share of the median."""
+        if self.quartiles is None or not self.milliseconds:
+            return None
+        return (self.quartiles[1] - self.quartiles[0]) / 2 / self.milliseconds
+
+    @property
+    def peak_gib(self) -> float | None:
+        return self.peak_bytes and self.peak_bytes / GIB
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self._per_second(self.num_tokens)
+
+    @property
+    def tflops_per_second(self) -> float | None:
+        return self._per_second(self.flops and self.flops / 1e12)
+
+    @property
+    def gigabytes_per_second(self) -> float | None:
+        return self._per_second(self.moved_bytes and self.moved_bytes / 1e9)
+
+    def _per_second(self, amount: float | None) -> float | None:
+        return self.milliseconds and amount and amount / self.milliseconds * 1000
+
+    def extra(self) -> dict[str, Any]:
+        """For pytest-benchmark's ``extra_info``: rates, memory, and the ratio to the floor or reference."""
+        names = ("milliseconds", "spread", "tokens_per_second", "tflops_per_second", "gigabytes_per_second", "peak_gib")
+        found = {name: getattr(self, name) for name in (*names, "time_ratio", "memory_ratio")}
+        return {"outcome": self.outcome} | {name: value for name, value in found.items() if value is not None}
+
+    def cells(self) -> tuple[str, ...]:
+        """A cell per column."""
+        raise NotImplementedError
+
+    def _time_cells(self, digits: int) -> tuple[str, str, str]:
+        """Of the columns "ms", "± %" and the ratio to the reference."""
+        spread = None if self.spread is None else 100 * self.spread
+        return shown(self.milliseconds, digits), shown(spread, 1), shown(self.time_ratio, 2)
+
+    def _memory_cells(self, digits: int) -> tuple[str, str]:
+        """Of the columns for the peak and its ratio to the reference's."""
+        return shown(self.peak_gib, digits), shown(self.memory_ratio, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossLine(InTurnLine):
+    """One contender's forward and backward of the distillation loss; its reference are the bare products.
+
+    Its peak is beyond the inputs, gradients included.
+    """
+
+    columns: ClassVar = (
+        "ms",
+        "± %",
+        "x GEMMs",
+        "TFLOP/s",
+        "peak GiB",
+        "x GEMMs",
+        "grads GiB",
+        "loss",
+        "off by",
+        "rounds",
+    )
+
     vocab_size: int
     student_hidden_size: int
     teacher_hidden_size: int
@@ -20,101 +117,39 @@ class LossLine:
     loss: str
     head: str
     """"trained" or "frozen"."""
-    contender: str
-    outcome: str = "ok"
-    milliseconds: float | None = None
-    """Median of forward and backward."""
-    bare_gemms_milliseconds: float | None = None
-    """Median of the bare products, run in turn with this line."""
-    rounds: int = 0
-    peak_bytes: int | None = None
-    """Beyond the inputs, gradients included."""
-    bare_gemms_peak_bytes: int | None = None
     gradient_bytes: int | None = None
     loss_value: float | None = None
-
-    @property
-    def time_ratio(self) -> float | None:
-        """Times the bare products' median."""
-        return self.milliseconds and self.milliseconds / self.bare_gemms_milliseconds
-
-    @property
-    def memory_ratio(self) -> float | None:
-        """Times the bare products' peak."""
-        return self.peak_bytes and self.peak_bytes / self.bare_gemms_peak_bytes
-
-    @property
-    def group(self) -> str:
-        """What the line may be compared with."""
-        return (
-            f"{self.num_tokens} tokens, {self.vocab_size} vocabulary, "
-            f"{self.student_hidden_size} <- {self.teacher_hidden_size}, {self.dtype}, {self.loss}, {self.head} head"
-        )
+    error: float | None = None
+    """The worst relative error of loss and gradients against float64, at a small size in this dtype."""
 
     def cells(self) -> tuple[str, ...]:
         """A cell per column."""
         return (
-            shown(self.milliseconds, 2),
-            shown(self.time_ratio, 2),
-            shown(self.peak_bytes and self.peak_bytes / GIB, 3),
-            shown(self.memory_ratio, 2),
+            *self._time_cells(2),
+            shown(self.tflops_per_second, 2 if (self.tflops_per_second or 0) < 10 else 0),
+            *self._memory_cells(3),
             shown(self.gradient_bytes and self.gradient_bytes / GIB, 3),
             shown(self.loss_value, 4),
+            "-" if self.error is None else f"{self.error:.0e}",
             str(self.rounds),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class InTurnLine:
-    """One contender of one setting, measured in turn with the setting's reference."""
-
-    group: str
-    """The setting: what the line may be compared with."""
-    contender: str
-    outcome: str = "ok"
-    milliseconds: float | None = None
-    """Median."""
-    reference_milliseconds: float | None = None
-    """Median of the reference, run in turn with this line."""
-    rounds: int = 0
-    peak_bytes: int | None = None
-    reference_peak_bytes: int | None = None
-
-    @property
-    def time_ratio(self) -> float | None:
-        """Times the reference's median."""
-        return self.milliseconds and self.milliseconds / self.reference_milliseconds
-
-    @property
-    def memory_ratio(self) -> float | None:
-        """Times the reference's peak."""
-        return self.peak_bytes and self.reference_peak_bytes and self.peak_bytes / self.reference_peak_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionLine(InTurnLine):
     """One contender's forward and backward of attention over one row; its peak includes output and gradients."""
 
-    columns: ClassVar = ("ms", "x ours", "TFLOP/s", "peak GiB", "x ours", "tokens", "rounds")
+    columns: ClassVar = ("ms", "± %", "x ours", "TFLOP/s", "peak GiB", "x ours", "tokens", "rounds")
 
-    num_tokens: int
     visible_pairs: int
-    """Pairs of a query and a key it sees, per head."""
-    flops: int
-    """Of the visible pairs alone, forward and backward."""
-
-    @property
-    def tflops_per_second(self) -> float | None:
-        return self.milliseconds and self.flops / self.milliseconds / 1e9
+    """Pairs of a query and a key it sees, per head; ``flops`` are those of the visible pairs alone."""
 
     def cells(self) -> tuple[str, ...]:
         """A cell per column."""
         return (
-            shown(self.milliseconds, 3),
-            shown(self.time_ratio, 2),
+            *self._time_cells(3),
             shown(self.tflops_per_second, 3 if (self.tflops_per_second or 0) < 10 else 0),
-            shown(self.peak_bytes and self.peak_bytes / GIB, 4),
-            shown(self.memory_ratio, 2),
+            *self._memory_cells(4),
             str(self.num_tokens),
             str(self.rounds),
         )
@@ -122,12 +157,21 @@ class AttentionLine(InTurnLine):
 
 @dataclass(frozen=True, kw_only=True)
 class StepLine(InTurnLine):
-    """Forward and backward of one training step; its peak is beyond weights, gradients and inputs."""
+    """Forward and backward of the student's part of a step; its peak is beyond weights, gradients and inputs."""
 
-    columns: ClassVar = ("ms", "x ours", "activ GiB", "x ours", "tokens", "learnt", "passes", "row limit", "loss")
+    columns: ClassVar = (
+        "ms",
+        "± %",
+        "x ours",
+        "activ GiB",
+        "x ours",
+        "tokens",
+        "learnt",
+        "passes",
+        "row limit",
+        "loss",
+    )
 
-    num_tokens: int | None = None
-    """Tokens that run, padding included."""
     supervised_tokens: int | None = None
     """Answer tokens that are learnt, each as often as it is."""
     passes: int | None = None
@@ -139,10 +183,8 @@ class StepLine(InTurnLine):
     def cells(self) -> tuple[str, ...]:
         """A cell per column."""
         return (
-            shown(self.milliseconds, 1),
-            shown(self.time_ratio, 2),
-            shown(self.peak_bytes and self.peak_bytes / GIB, 4),
-            shown(self.memory_ratio, 2),
+            *self._time_cells(1),
+            *self._memory_cells(4),
             shown(self.num_tokens, 0),
             shown(self.supervised_tokens, 0),
             shown(self.passes, 0),
@@ -152,13 +194,84 @@ class StepLine(InTurnLine):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingLine(InTurnLine):
+    """A whole training step: teacher, student, loss, backward, clipping and optimizer; its peak is all that is live."""
+
+    columns: ClassVar = (
+        *("ms", "± %", "x LSP", "tokens/s", "TFLOP", "MFU %", "peak GiB", "x LSP", "planned GiB", "tokens", "loss"),
+    )
+
+    method: str
+    student: str
+    teacher: str
+    fraction: float
+    """Of each sequence that is kept."""
+    branches: int | None = None
+    """Cuts of each trace in a step."""
+    student_flops: float | None = None
+    """Of the student's forward and backward alone, without what is recomputed."""
+    student_milliseconds: float | None = None
+    """Median of the step without its teacher, where it was measured."""
+    ceiling_tflops: float | None = None
+    """The device's dense products, as its maker states them, or as measured where none does."""
+    planned_bytes: int | None = None
+    """The peak that ``trsd.plan`` predicts."""
+    planned_milliseconds: float | None = None
+    loss_value: float | None = None
+
+    @property
+    def mfu(self) -> float | None:
+        """Share of the device's peak that the step's model operations keep busy."""
+        return self.tflops_per_second and self.ceiling_tflops and self.tflops_per_second / self.ceiling_tflops
+
+    def extra(self) -> dict[str, Any]:
+        return super().extra() | ({} if self.mfu is None else {"mfu": self.mfu})
+
+    def cells(self) -> tuple[str, ...]:
+        """A cell per column."""
+        small = (self.milliseconds or 0) < 10_000 and (self.flops or 0) < 1e12
+        return (
+            *self._time_cells(1),
+            shown(self.tokens_per_second, 0),
+            shown(self.flops and self.flops / 1e12, 4 if small else 0),
+            shown(self.mfu and 100 * self.mfu, 1),
+            *self._memory_cells(3 if small else 1),
+            shown(self.planned_bytes and self.planned_bytes / GIB, 3 if small else 1),
+            shown(self.num_tokens, 0),
+            shown(self.loss_value, 4),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferLine(InTurnLine):
+    """Tensors that go to disk or come from it: teacher caches, checkpoints."""
+
+    columns: ClassVar = ("ms", "± %", "x reference", "GB/s", "MiB", "rows/s", "rounds")
+
+    rows: int | None = None
+    """Rows of a cache that were moved."""
+
+    @property
+    def rows_per_second(self) -> float | None:
+        return self._per_second(self.rows)
+
+    def cells(self) -> tuple[str, ...]:
+        """A cell per column."""
+        return (
+            *self._time_cells(2),
+            shown(self.gigabytes_per_second, 3),
+            shown(self.moved_bytes and self.moved_bytes / 2**20, 1),
+            shown(self.rows_per_second, 0),
+            str(self.rounds),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecodingLine(InTurnLine):
-    """Questions thought about and answered."""
+    """Questions thought about and answered; ``num_tokens`` are those written."""
 
-    columns: ClassVar = ("s", "x reference", "tokens/s", "tokens", "rows", "rounds")
+    columns: ClassVar = ("s", "± %", "x reference", "tokens/s", "tokens", "rows", "rounds")
 
-    num_tokens: int | None = None
-    """Tokens written."""
     rows_together: int | None = None
     """Sequences that decode together."""
 
@@ -166,8 +279,8 @@ class DecodingLine(InTurnLine):
         """A cell per column."""
         return (
             shown(self.milliseconds and self.milliseconds / 1000, 2),
-            shown(self.time_ratio, 2),
-            shown(self.milliseconds and self.num_tokens / self.milliseconds * 1000, 0),
+            *self._time_cells(0)[1:],
+            shown(self.tokens_per_second, 0),
             shown(self.num_tokens, 0),
             shown(self.rows_together, 0),
             str(self.rounds),
@@ -193,6 +306,10 @@ class FillLine:
     milliseconds: float | None = None
     """Median time of packing."""
 
+    def extra(self) -> dict[str, Any]:
+        """For pytest-benchmark's ``extra_info``."""
+        return {"outcome": self.outcome, "fill_rate": self.fill_rate, "num_tokens": self.num_tokens}
+
     def cells(self) -> tuple[str, ...]:
         """A cell per column."""
         return (
@@ -203,3 +320,45 @@ class FillLine:
             shown(self.rows, 0),
             shown(self.milliseconds, 2),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CeilingLine:
+    """What the device can do at best: dense products, or bytes read and written."""
+
+    columns: ClassVar = ("measured", "stated", "unit", "rounds")
+
+    group: str
+    contender: str
+    outcome: str = "ok"
+    measured: float | None = None
+    stated: float | None = None
+    """By the device's maker, where it is known."""
+    unit: str = ""
+    rounds: int = 0
+
+    def extra(self) -> dict[str, Any]:
+        """For pytest-benchmark's ``extra_info``."""
+        return {"outcome": self.outcome, self.unit: self.measured}
+
+    def cells(self) -> tuple[str, ...]:
+        """A cell per column."""
+        digits = 3 if (self.measured or 0) < 10 else 0
+        return shown(self.measured, digits), shown(self.stated, 0), self.unit, str(self.rounds)
+
+
+KINDS = (LossLine, AttentionLine, StepLine, TrainingLine, TransferLine, DecodingLine, FillLine, CeilingLine)
+
+
+def read_line(values: dict[str, Any]) -> Any:
+    """The line that ``record.stored`` made these values of; fields that are no longer known are left out.
+
+    Raises:
+        ValueError: a kind that is not known, with those that are.
+    """
+    kinds = {kind.__name__: kind for kind in KINDS}
+    if values.get("kind") not in kinds:
+        raise ValueError(f"expected a line of kind {', '.join(kinds)}, got {values.get('kind')!r}")
+    kind = kinds[values["kind"]]
+    known = {entry.name for entry in fields(kind)}
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})

@@ -5,6 +5,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,27 @@ class Rounds:
 
     @property
     def milliseconds(self) -> float:
+        """Median."""
         return 1000 * statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float] | None:
+        """Milliseconds of the first and the third quartile; None of a single round."""
+        if len(self.seconds) < 2:
+            return None
+        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return 1000 * first, 1000 * third
+
+
+def timed_fields(run: Rounds, reference: Rounds) -> dict[str, object]:
+    """The fields of an ``InTurnLine`` that two works' rounds give."""
+    return dict(
+        milliseconds=run.milliseconds,
+        quartiles=run.quartiles,
+        reference_milliseconds=reference.milliseconds,
+        reference_quartiles=reference.quartiles,
+        rounds=len(run.seconds),
+    )
 
 
 class Run(Rounds):
@@ -129,15 +150,8 @@ def compare(
     """The measured fields of a ``LossLine``: the contender by the ``benchmark`` fixture, the reference in turn."""
     run, floor = Run(contender, inputs, loss), Run(reference, inputs, loss)
     measured = take_turns(benchmark, run, floor)
-    return dict(
-        milliseconds=measured["milliseconds"],
-        bare_gemms_milliseconds=measured["reference_milliseconds"],
-        rounds=measured["rounds"],
-        peak_bytes=measured["peak_bytes"],
-        bare_gemms_peak_bytes=measured["reference_peak_bytes"],
-        gradient_bytes=run.gradient_bytes,
-        loss_value=None if run.loss_value is None else float(run.loss_value),
-    )
+    loss_value = None if run.loss_value is None else float(run.loss_value)
+    return measured | dict(gradient_bytes=run.gradient_bytes, loss_value=loss_value)
 
 
 def take_turns(benchmark: Callable, run: Rounds, reference: Rounds) -> dict[str, object]:
@@ -148,13 +162,7 @@ def take_turns(benchmark: Callable, run: Rounds, reference: Rounds) -> dict[str,
     reference_peak = reference.peak_bytes()
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(SECONDS_PER_LINE / slowest)))
     benchmark.pedantic(run.once, setup=reference.once, rounds=rounds)
-    return dict(
-        milliseconds=run.milliseconds,
-        reference_milliseconds=reference.milliseconds,
-        rounds=len(run.seconds),
-        peak_bytes=peak,
-        reference_peak_bytes=reference_peak,
-    )
+    return timed_fields(run, reference) | dict(peak_bytes=peak, reference_peak_bytes=reference_peak)
 
 
 def record_lines(
@@ -163,6 +171,7 @@ def record_lines(
     measure: Callable[[], Sequence[dict[str, object]]],
     *,
     out_of_time: Callable[[], bool],
+    benchmark: Any = None,
     install: str = "",
 ) -> None:
     """Measure one line or several together and add them to the results, whatever becomes of them.
@@ -172,6 +181,7 @@ def record_lines(
         lines: makes each line from its measured fields, or from its outcome alone.
         measure: the measured fields, line by line.
         out_of_time: whether nothing more is to be measured.
+        benchmark: pytest-benchmark's fixture, whose ``extra_info`` is filled: environment, and rates of each line.
         install: what ``pip install`` takes to bring a contender along that raises ImportError.
     """
     missing, out_of_memory, measured = "", False, ()
@@ -193,8 +203,12 @@ def record_lines(
         for line in lines:
             results.add(line(outcome=outcome))
         pytest.skip("out of memory, which is the result" if out_of_memory else outcome)
-    for line, fields in zip(lines, measured, strict=True):
-        results.add(line(**fields))
+    for make, fields in zip(lines, measured, strict=True):
+        line = make(**fields)
+        results.add(line)
+        if benchmark is not None:
+            benchmark.extra_info.update(results.environment)
+            benchmark.extra_info[line.contender] = line.extra()
 
 
 def forget() -> None:

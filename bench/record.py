@@ -1,54 +1,69 @@
-"""Results of a suite: lines in memory, a JSON file of them, an aligned table."""
+"""Results: the lines of every suite in one JSON file a device and day, and as aligned tables."""
 
-import dataclasses
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
+from dataclasses import fields
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 HERE = Path(__file__).parent
 GIB = 2**30
-PACKAGES = ("triton", "transformers", "trl", "liger-kernel", "flash-attn", "flash-attn-4")
+PACKAGES = (
+    *("triton", "transformers", "trl", "liger-kernel", "fla-core", "quack-kernels", "cut-cross-entropy"),
+    *("flash-attn", "flash-attn-4"),
+)
 
 
 class Line(Protocol):
     """What one contender did, a frozen dataclass (``lines.py``); what was not measured is None."""
 
+    group: str
+    """What the line may be compared with."""
     contender: str
     outcome: str
     """"ok", or why there is nothing else."""
     columns: ClassVar[tuple[str, ...]]
 
-    @property
-    def group(self) -> str:
-        """What the line may be compared with."""
-        ...
-
     def cells(self) -> tuple[str, ...]:
         """A cell per column."""
         ...
 
+    def extra(self) -> dict[str, Any]:
+        """For pytest-benchmark's ``extra_info``."""
+        ...
+
 
 class Results:
-    """A suite's lines as they come; the file is written anew after each, so that a crash loses none."""
+    """A suite's lines as they come; the file is written anew after each, so that a crash loses none.
+
+    What else the file holds stays: other suites, and of this one what was measured in the same environment, by the same
+    commit, and is not measured again.
+    """
 
     def __init__(self, name: str, title: str) -> None:
-        self.title = title
+        self.name, self.title = name, title
         self.environment = environment()
-        self.path = results_path(name, self.environment["device"], self.environment["date"])
+        self.path = results_path("", self.environment["device"], self.environment["date"])
         self.lines: list[Line] = []
 
     def add(self, line: Line) -> None:
         self.lines.append(line)
-        lines = [dataclasses.asdict(each) for each in self.lines]
-        write_json(self.path, {"environment": self.environment, "lines": lines})
+        suites = json.loads(self.path.read_text())["suites"] if self.path.exists() else {}
+        lines = [stored(each) for each in self.lines]
+        before = suites.get(self.name, {})
+        if before.get("environment") == self.environment:
+            again = {(each.group, each.contender) for each in self.lines}
+            lines += [each for each in before["lines"] if (each["group"], each["contender"]) not in again]
+        suites[self.name] = {"title": self.title, "environment": self.environment, "lines": lines}
+        write_json(self.path, {"suites": suites})
 
     def find(self, **wanted: object) -> Line | None:
         """The first line with these fields that was measured, if any."""
@@ -59,12 +74,9 @@ class Results:
 
     def table(self) -> str:
         """Every line under its group, groups in the order in which they began."""
-        groups: dict[str, list[Line]] = {}
-        for line in self.lines:
-            groups.setdefault(line.group, []).append(line)
         width = max((len(line.contender) for line in self.lines), default=0) + 2
         text = []
-        for group, lines in groups.items():
+        for group, lines in grouped(self.lines).items():
             text += ["", group, _row("", lines[0].columns, width)]
             for line in lines:
                 cells = line.cells() if line.outcome == "ok" else ()
@@ -72,8 +84,21 @@ class Results:
         return "\n".join(text)
 
 
+def stored(line: Line) -> dict[str, Any]:
+    """A line as JSON holds it; ``lines.read_line`` reads it back."""
+    return {"kind": type(line).__name__} | {entry.name: getattr(line, entry.name) for entry in fields(line)}
+
+
+def grouped(lines: list[Line]) -> dict[str, list[Line]]:
+    """Lines by their group, groups in the order in which they began."""
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(line.group, []).append(line)
+    return groups
+
+
 def _row(name: str, cells: tuple[str, ...], width: int) -> str:
-    return f"{name:<{width}}" + "".join(f"{cell:>11}" for cell in cells)
+    return f"{name:<{width}}" + "".join(f"{cell:>12}" for cell in cells)
 
 
 def shown(value: float | None, digits: int) -> str:
@@ -82,12 +107,15 @@ def shown(value: float | None, digits: int) -> str:
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:
+    """Written beside and renamed, so that what reads it never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(beside, path)
 
 
 def results_path(name: str, device: str, date: str | None = None) -> Path:
-    """``<name>-<device>[-<date>].json`` in bench/results, or in the folder TRSD_BENCH_RESULTS names."""
+    """``[<name>-]<device>[-<date>].json`` in bench/results, or in the folder TRSD_BENCH_RESULTS names."""
     folder = Path(os.environ.get("TRSD_BENCH_RESULTS") or HERE / "results")
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     return folder / ("-".join(filter(None, (name, slug, date))) + ".json")
@@ -98,6 +126,7 @@ def environment() -> dict[str, str]:
     return {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "driver": _driver(),
         "threads": str(torch.get_num_threads()),
         "commit": _commit(),
         "python": platform.python_version(),
@@ -113,6 +142,17 @@ def _processor() -> str:
     if info.exists() and (found := re.search(r"model name\s*:\s*(.+)", info.read_text())):
         name = found[1]
     return f"CPU {name}"
+
+
+def _driver() -> str:
+    """The GPU driver's version."""
+    if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+        return "none" if not torch.cuda.is_available() else "unknown"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
 
 
 def _version(package: str) -> str:

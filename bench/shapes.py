@@ -17,6 +17,17 @@ class Shape(NamedTuple):
     student_hidden_size: int
     teacher_hidden_size: int
 
+    def flops(self, loss: "Loss", *, head_is_trained: bool) -> float:
+        """Of the products that loss and gradients cannot do without: student logits, dH, dW, teacher logits."""
+        student, teacher = (2 * self.num_tokens * self.vocab_size * size for size in self[2:])
+        return (3 if head_is_trained else 2) * student + (teacher if loss.alpha else 0)
+
+    def least_bytes(self, loss: "Loss", dtype: torch.dtype, *, head_is_trained: bool) -> float:
+        """Heads and hidden states read once, gradients written once; logits may stay on the chip."""
+        student, teacher = ((self.num_tokens + self.vocab_size) * size for size in self[2:])
+        written = student if head_is_trained else self.num_tokens * self.student_hidden_size
+        return dtype.itemsize * (student + written + (teacher if loss.alpha else 0))
+
 
 # A 4B student of an 8B teacher over Qwen3's vocabulary; 512 tokens are a step that learns answers alone.
 GPU_SHAPES = tuple(Shape(num_tokens, 151936, 2560, 4096) for num_tokens in (4096, 8192, 512))

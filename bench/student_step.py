@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from bench.measure import Rounds, forget
+from bench.measure import Rounds, forget, timed_fields
 from bench.step_settings import BUNDLED, CHECKPOINTED_CHUNK_BYTES
 from trsd.batching import Example, PackedBatch, pack_examples
 from trsd.model_shapes import config_of
@@ -216,13 +216,6 @@ def in_turn(
     for step in others:
         torch.testing.assert_close(step.loss, ours.loss, rtol=tolerance, atol=0.0)
     return [
-        dict(
-            milliseconds=step.milliseconds,
-            reference_milliseconds=ours.milliseconds,
-            rounds=len(step.seconds),
-            peak_bytes=peak,
-            reference_peak_bytes=peaks[0],
-            **step.fields(),
-        )
+        timed_fields(step, ours) | dict(peak_bytes=peak, reference_peak_bytes=peaks[0], **step.fields())
         for step, peak in zip(steps, peaks, strict=True)
     ]

@@ -9,7 +9,6 @@ import torch
 
 from bench.attention import GPU_PLAIN, QWEN3_4B, Contender, Setting, cases, flops, measure, reference_of, visible_pairs
 from bench.lines import AttentionLine
-from bench.measure import record_lines
 
 SUITE = ("attention", "varlen_attention, forward and backward")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,7 +25,7 @@ def name_of(value: Setting | Contender) -> str:
 
 @unused_is_fine
 @pytest.mark.parametrize("setting,contender", cases(DEVICE), ids=name_of)
-def test_attention(setting, contender, benchmark, results, out_of_time):
+def test_attention(setting, contender, benchmark, record):
     benchmark.group = setting.name
     layout = setting.layout(separate=contender.separate)
 
@@ -40,12 +39,7 @@ def test_attention(setting, contender, benchmark, results, out_of_time):
             **measured,
         )
 
-    record_lines(
-        results,
-        [line],
-        lambda: [measure(benchmark, setting, contender, REFERENCE, device=DEVICE)],
-        out_of_time=out_of_time,
-    )
+    record([line], lambda: [measure(benchmark, setting, contender, REFERENCE, device=DEVICE)])
 
 
 @needs_gpu

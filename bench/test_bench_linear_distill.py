@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from bench import contenders as c
+from bench.correctness import TOLERANCE, worst_error
 from bench.lines import LossLine
-from bench.measure import Run, compare, record_lines
+from bench.measure import Run, compare
 from bench.record import Results
 from bench.shapes import CE_JSD, CE_KL, CPU_SHAPES, GPU_SHAPES, JSD, KL, Loss, Shape, draw
 
@@ -50,7 +51,19 @@ class Case(NamedTuple):
     def line(self, **measured: object) -> LossLine:
         head = "trained" if self.head_is_trained else "frozen"
         dtype = str(DTYPE).removeprefix("torch.")
-        return LossLine(*self.shape, dtype, self.loss.name, head, self.contender.name, **measured)
+        shape = self.shape
+        return LossLine(
+            group=f"{shape.num_tokens} tokens, {shape.vocab_size} vocabulary, {shape.student_hidden_size} <- "
+            f"{shape.teacher_hidden_size}, {dtype}, {self.loss.name}, {head} head",
+            contender=self.contender.name,
+            **shape._asdict(),
+            dtype=dtype,
+            loss=self.loss.name,
+            head=head,
+            flops=shape.flops(self.loss, head_is_trained=self.head_is_trained),
+            moved_bytes=shape.least_bytes(self.loss, DTYPE, head_is_trained=self.head_is_trained),
+            **measured,
+        )
 
     def __str__(self) -> str:
         line = self.line()
@@ -77,19 +90,26 @@ def all_cases() -> list[Case]:
 
 @unused_is_fine
 @pytest.mark.parametrize("case", [case for case in all_cases() if not case.contender.compiles], ids=str)
-def test_forward_and_backward(case, benchmark, results, out_of_time):
-    measure_line(case, benchmark, results, out_of_time)
+def test_forward_and_backward(case, benchmark, results, record):
+    measure_line(case, benchmark, results, record)
 
 
-def measure_line(case: Case, benchmark: Callable, results: Results, out_of_time: Callable[[], bool]) -> None:
+def measure_line(case: Case, benchmark: Callable, results: Results, record: Callable[..., None]) -> None:
     """Add the case's line to the results, whatever becomes of it."""
     benchmark.group = f"{case.shape.num_tokens} tokens, {case.loss.name}, trained head: {case.head_is_trained}"
 
     def measure() -> list[dict[str, object]]:
-        inputs = draw(case.shape, device=DEVICE, dtype=DTYPE, head_is_trained=case.head_is_trained)
-        return [compare(benchmark, case.contender, inputs, case.loss)]
+        how = dict(device=DEVICE, dtype=DTYPE, head_is_trained=case.head_is_trained)
+        error = None if case.contender is c.BARE_GEMMS else worst_error(case.contender, case.loss, **how)
+        fields = compare(benchmark, case.contender, draw(case.shape, **how), case.loss)
+        ours = results.find(group=case.line().group, contender=c.TOKENS.name)
+        if ours and fields["loss_value"] is not None:
+            assert fields["loss_value"] == pytest.approx(ours.loss_value, rel=TOLERANCE[DTYPE]), (
+                "another loss than ours"
+            )
+        return [fields | dict(error=error)]
 
-    record_lines(results, [case.line], measure, out_of_time=out_of_time, install=case.contender.install)
+    record([case.line], measure, install=case.contender.install)
 
 
 class Target(NamedTuple):
@@ -163,5 +183,5 @@ def test_on_a_cpu_ours_is_no_slower_than_eager_and_takes_a_quarter_of_its_memory
 
 @unused_is_fine
 @pytest.mark.parametrize("case", [case for case in all_cases() if case.contender.compiles], ids=str)
-def test_compiled_forward_and_backward(case, benchmark, results, out_of_time):
-    measure_line(case, benchmark, results, out_of_time)
+def test_compiled_forward_and_backward(case, benchmark, results, record):
+    measure_line(case, benchmark, results, record)

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bench.lines import FillLine, StepLine
-from bench.measure import NotMeasured, Rounds, forget, record_lines
+from bench.measure import NotMeasured, Rounds, forget
 from bench.record import Results
 from bench.sequence_lengths import MIXED, SETS, sample, token_lengths
 from bench.step_settings import CPU_CUTS, CPU_SEQUENCES, GPU_CUTS, GPU_SEQUENCES, Cuts, real_examples
@@ -78,7 +78,7 @@ def lines_of(group: str, contenders: Sequence[str]) -> list[Callable[..., StepLi
 @pytest.mark.parametrize(
     "model,cuts", [pytest.param(cuts.model, cuts, id=cuts.name) for cuts in CUTS], indirect=["model"]
 )
-def test_branches_and_separate_sequences(model, cuts, benchmark, results, out_of_time):
+def test_branches_and_separate_sequences(model, cuts, benchmark, record):
     benchmark.group = cuts.name
 
     def measure() -> list[dict[str, object]]:
@@ -100,12 +100,12 @@ def test_branches_and_separate_sequences(model, cuts, benchmark, results, out_of
             fields["max_tokens"] = tokens
         return measured
 
-    record_lines(results, lines_of(cuts.name, (OURS, SEPARATE)), measure, out_of_time=out_of_time)
+    record(lines_of(cuts.name, (OURS, SEPARATE)), measure)
 
 
 @unused_is_fine
 @pytest.mark.parametrize("model", [pytest.param(SEQUENCES.model, id=SEQUENCES.name)], indirect=True)
-def test_packed_and_padded(model, lengths, benchmark, results, out_of_time):
+def test_packed_and_padded(model, lengths, benchmark, record):
     benchmark.group = SEQUENCES.name
 
     def measure() -> list[dict[str, object]]:
@@ -123,12 +123,12 @@ def test_packed_and_padded(model, lengths, benchmark, results, out_of_time):
         measured[0]["max_tokens"] = SEQUENCES.max_tokens
         return measured
 
-    record_lines(results, lines_of(SEQUENCES.name, (PACKED, PADDED, ALONE)), measure, out_of_time=out_of_time)
+    record(lines_of(SEQUENCES.name, (PACKED, PADDED, ALONE)), measure)
 
 
 @unused_is_fine
 @pytest.mark.parametrize("name", [*SETS, MIXED])
-def test_fill_rate(name, lengths, benchmark, results):
+def test_fill_rate(name, lengths, benchmark, results, record):
     benchmark.group = f"packing into rows of {ROW_LENGTH} tokens"
 
     def measure() -> list[dict[str, object]]:
@@ -151,7 +151,7 @@ def test_fill_rate(name, lengths, benchmark, results):
         ]
 
     line = partial(FillLine, group=benchmark.group, contender=name)
-    record_lines(results, [line], measure, out_of_time=lambda: False)
+    record([line], measure)
     if name == MIXED:
         assert results.find(contender=MIXED).fill_rate >= FILL_TARGET
 

@@ -23,11 +23,12 @@ from bench.attention import (
     mixed_lengths,
     visible_pairs,
 )
-from bench.lines import FillLine, LossLine, StepLine
+from bench.correctness import worst_error
+from bench.lines import FillLine, StepLine, read_line
 from bench.measure import NotMeasured, record_lines
 from bench.record import Results, results_path
 from bench.sequence_lengths import sample, token_lengths
-from bench.shapes import CE_JSD, CE_KL, JSD, KL, REGIMES, Shape, draw
+from bench.shapes import CE_JSD, CE_KL, JSD, KL, REGIMES, Loss, Shape, draw
 from bench.step_settings import CPU_CUTS, GPU_CUTS, Cuts, real_examples
 from bench.student_step import (
     PaddedPass,
@@ -93,19 +94,22 @@ def test_inputs_are_drawn_alike_in_every_dtype(regime):
 
 
 def test_ratios_and_paths(monkeypatch, tmp_path):
-    line = LossLine(
-        *SHAPE,
-        "float32",
-        "kl",
-        "trained",
-        "somebody",
+    line = StepLine(
+        group="a model",
+        contender="somebody",
         milliseconds=3.0,
-        bare_gemms_milliseconds=2.0,
+        quartiles=(2.7, 3.3),
+        reference_milliseconds=2.0,
         peak_bytes=10,
-        bare_gemms_peak_bytes=5,
+        reference_peak_bytes=5,
+        num_tokens=6,
+        flops=9e9,
     )
-    assert (line.time_ratio, line.memory_ratio) == (1.5, 2.0)
-    assert LossLine(*SHAPE, "float32", "kl", "trained", "nobody", outcome="out of memory").time_ratio is None
+    assert (line.time_ratio, line.memory_ratio, line.tokens_per_second) == (1.5, 2.0, 2000)
+    assert (line.spread, line.tflops_per_second) == (pytest.approx(0.1), pytest.approx(3.0))
+    assert line.extra()["time_ratio"] == 1.5 and "gigabytes_per_second" not in line.extra()
+    nobody = StepLine(group="a model", contender="nobody", outcome="out of memory")
+    assert nobody.time_ratio is None and nobody.extra() == {"outcome": "out of memory"}
     monkeypatch.setenv("TRSD_BENCH_RESULTS", str(tmp_path))
     assert (
         results_path("errors", "NVIDIA H200 (SXM)", "2026-01-02") == tmp_path / "errors-nvidia-h200-sxm-2026-01-02.json"
@@ -133,9 +137,62 @@ def test_results_keep_lines_of_any_kind(results):
     table = results.table().splitlines()
     assert [line.split()[0] for line in table if line] == ["rows", "fill", "short", "long", "a", "ms", "one", "two"]
     assert table[-1].split(maxsplit=1)[1] == "out of memory"
-    stored = json.loads(results.path.read_text())
-    assert [line["contender"] for line in stored["lines"]] == ["short", "one", "two", "long"]
-    assert stored["environment"] == results.environment
+    suite = json.loads(results.path.read_text())["suites"]["suite"]
+    assert [line["contender"] for line in suite["lines"]] == ["short", "one", "two", "long"]
+    assert suite["environment"] == results.environment
+    assert [read_line(values) for values in suite["lines"]] == results.lines
+
+
+def test_a_later_run_replaces_what_it_measures_again_and_a_later_commit_everything(results):
+    add = partial(StepLine, group="a model")
+    for name in ("one", "two"):
+        results.add(add(contender=name, milliseconds=1.0))
+    other = Results("another", "another suite")
+    other.add(add(contender="three"))
+    again = Results("suite", "a suite")
+    again.add(add(contender="two", milliseconds=2.0, quartiles=(1.0, 3.0)))
+    suites = json.loads(results.path.read_text())["suites"]
+    assert [(line["contender"], line["milliseconds"]) for line in suites["suite"]["lines"]] == [
+        ("two", 2.0),
+        ("one", 1.0),
+    ]
+    assert read_line(suites["suite"]["lines"][0]).quartiles == (1.0, 3.0)
+    assert [line["contender"] for line in suites["another"]["lines"]] == ["three"]
+    later = Results("suite", "a suite")
+    later.environment = later.environment | {"commit": "later"}
+    later.add(add(contender="four"))
+    suites = json.loads(results.path.read_text())["suites"]
+    assert [line["contender"] for line in suites["suite"]["lines"]] == ["four"]
+
+
+def test_lines_of_no_known_kind_are_refused():
+    with pytest.raises(ValueError, match="StepLine"):
+        read_line({"kind": "Something"})
+
+
+SHORT = Loss("ce+jsd", 0.5, "jsd")
+
+
+@pytest.mark.parametrize("contender", [c.TOKENS, c.VOCAB, c.EAGER], ids=lambda contender: contender.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_contenders_are_checked_against_float64(contender, dtype):
+    error = worst_error(contender, SHORT, device="cpu", dtype=dtype, head_is_trained=True)
+    assert 0 < error < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize(
+    "wrong,said",
+    [
+        (lambda inputs, loss: c.EAGER.step(inputs, loss._replace(temperature=1.0)), "temperature 2"),
+        (lambda inputs, loss: lambda: c.EAGER.step(inputs, loss)() * loss.temperature, "refused, loss"),
+        (lambda inputs, loss: c.EAGER.step(inputs, loss._replace(divergence="forward_kl")), "refused, loss"),
+        (lambda inputs, loss: lambda: c.EAGER.step(inputs.to(torch.float32), loss)(), "no gradient"),
+    ],
+    ids=["no temperature", "another factor", "another divergence", "no gradient"],
+)
+def test_what_computes_something_else_is_refused_before_it_is_timed(wrong, said):
+    with pytest.raises(NotMeasured, match=said):
+        worst_error(c.Contender("wrong", wrong), SHORT, device="cpu", dtype=torch.float32, head_is_trained=True)
 
 
 @pytest.mark.parametrize(
