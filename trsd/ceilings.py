@@ -65,11 +65,9 @@ def known(name: str) -> Ceilings:
         InputError: none does; with those that are known.
     """
 
-    def plain(text: str) -> str:
-        return re.sub(r"[^a-z0-9]", "", text.lower())
-
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
     for key, entry in KNOWN.items():
-        if plain(key) in plain(name):
+        if all(part in plain for part in re.findall(r"[a-z0-9]+", key.lower())):
             return entry
     raise InputError(f"no figures for a device named {name!r}: known are {', '.join(KNOWN)}; or measure it where it is")
 
@@ -92,7 +90,6 @@ def measure(device: torch.device | str, *, dtype: torch.dtype | None = None) -> 
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = _median_seconds(lambda: left @ right, device)
-    del left, right
     source = torch.zeros(length, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = _median_seconds(lambda: target.copy_(source), device)
