@@ -83,8 +83,8 @@ class Job(Placement):
     def student(self, folder: Path | None = None) -> PreTrainedModel:
         """A trainable model, as it begins or as the checkpoint ``folder`` has it.
 
-        What is trained is fp32, computed in bf16 under autocast where that is on. The weights under an adapter are only
-        read, and in the precision for that.
+        What is trained is fp32; where bf16 is on the loop computes with bf16 copies. The weights under an adapter are
+        only read, and in the precision for that.
         """
         if rank := self.recipe.lora_rank:
             model = self.reader(self.student_folder)

@@ -17,7 +17,8 @@ from trsd.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from trsd.placement import Placement
 from trsd.teacher_cache import HiddenCache
 from trsd.teachers import OnlineTeacher, Teacher
-from trsd_kernels import FusedLinearDistillation, fill_rate
+from trsd.working_weights import WorkingWeights
+from trsd_kernels import FusedLinearDistillation, LinearDistillationOutput, fill_rate
 
 
 class Loop:
@@ -43,6 +44,8 @@ class Loop:
         )
         self.keep_thinking = FusedLinearDistillation(alpha=0.0, chunk_bytes=recipe.loss_chunk_bytes, **student_logits)
         self.backend = placement.attention_backend(model, branches=recipe.branches_per_trace > 1)
+        self.head = model.get_output_embeddings().weight
+        self.weights = WorkingWeights(model, torch.bfloat16 if placement.bf16 else None)
         self.flops = FlopCounter(model)
         self.teacher_flops = FlopCounter(teacher.model) if isinstance(teacher, OnlineTeacher) else None
 
@@ -57,6 +60,7 @@ class Loop:
         members = self.stream.step(step)
         examples = self.method.examples(members)
         batches = pack_examples(examples, recipe.max_tokens_per_batch, self.placement.device)
+        self.weights.refresh()
         num_items = sum(batch.num_items for batch in batches)
         self.model.train()
         num_thinking = sum(batch.num_thinking for batch in batches)
@@ -97,23 +101,29 @@ class Loop:
 
     def _backward(self, batch: PackedBatch, num_items: int, num_thinking: int) -> Tensor:
         """Add the gradients of one packed row; returns its [loss, cross-entropy, divergence, thinking]."""
-        with self.placement.compute():
-            hidden = packed_hidden_states(self.model, batch.input_ids, batch.layout, backend=self.backend)
-            head = self.model.get_output_embeddings().weight
+        with self.weights.in_use():
+            loss, out, thinking = self._forward(batch, num_items, num_thinking)
+            loss.backward()
+        return torch.stack([loss.detach(), out.cross_entropy, out.divergence, thinking.detach()])
+
+    def _forward(
+        self, batch: PackedBatch, num_items: int, num_thinking: int
+    ) -> tuple[Tensor, LinearDistillationOutput, Tensor]:
+        """(loss, the objective's output, cross-entropy of the thinking shown) of one packed row."""
+        hidden = packed_hidden_states(self.model, batch.input_ids, batch.layout, backend=self.backend)
+        with self.placement.compute():  # for the head, whose gradient stays fp32
             targets = None if self.teacher is None else self.teacher.targets(batch.trace_indices)
             out = self.objective(
                 hidden[batch.rows],
-                head,
+                self.head,
                 targets,
                 batch.labels,
                 token_weights=batch.weights,
                 num_items_in_batch=num_items,
             )
             thinking = self.keep_thinking(
-                *(hidden[batch.thinking_rows], head, None, None, batch.thinking_labels),
+                *(hidden[batch.thinking_rows], self.head, None, None, batch.thinking_labels),
                 token_weights=batch.thinking_weights,
                 num_items_in_batch=num_thinking,
             ).loss
-            loss = out.loss + self.placement.recipe.thinking_weight * thinking
-        loss.backward()
-        return torch.stack([loss.detach(), out.cross_entropy, out.divergence, thinking.detach()])
+        return out.loss + self.placement.recipe.thinking_weight * thinking, out, thinking
