@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from bench.contenders import BARE_GEMMS, Contender
-from bench.live_bytes import LiveBytes
 from bench.record import Line, Results
 from bench.shapes import Inputs, Loss
+from trsd.live_bytes import LiveBytes
 
 SECONDS_PER_LINE = 1.0
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
@@ -189,8 +189,10 @@ def record_lines(
         if out_of_time():
             raise NotMeasured("TRSD_BENCH_SECONDS have passed")
         measured = measure()
-    except (ImportError, NotMeasured) as error:
+    except ImportError as error:
         missing = f"pip install {install} ({error})" if install else str(error)
+    except NotMeasured as error:
+        missing = str(error)
     except torch.OutOfMemoryError:
         out_of_memory = True
     except Exception as error:

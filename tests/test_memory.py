@@ -4,7 +4,7 @@ import pytest
 import torch
 from distillation_cases import DIVERGENCES, exact_loss, make_case
 
-from bench.live_bytes import LiveBytes
+from trsd.live_bytes import LiveBytes
 from trsd_kernels import DistillOptions, fused_linear_distillation
 from trsd_kernels.products import Head
 from trsd_kernels.token_plan import Needs, TokenPlan

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.live_bytes import LiveBytes
+from trsd.live_bytes import LiveBytes
 from trsd_kernels import token_surprisal, top_k_targets
 
 SHAPES = [(1, 1, 1), (7, 13, 5), (123, 507, 31), (64, 1000, 17)]

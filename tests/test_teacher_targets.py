@@ -18,7 +18,7 @@ from distillation_cases import (
     whole_logits,
 )
 
-from bench.live_bytes import LiveBytes
+from trsd.live_bytes import LiveBytes
 from trsd_kernels import DistillOptions, fused_linear_distillation
 from trsd_kernels.reference import divergence_of, transform_logits
 from trsd_kernels.teacher_targets import (

@@ -24,7 +24,6 @@ from trsd.row_shards import MANIFEST, building_folder
 from trsd.run import TEACHER
 from trsd.teacher_cache import (
     HiddenCache,
-    RowLayout,
     TopKCache,
     VectorCache,
     build_hidden_cache,
@@ -32,9 +31,7 @@ from trsd.teacher_cache import (
     build_vector_cache,
     bytes_per_row,
     cache_fingerprint,
-    hidden_layout,
-    top_k_layout,
-    vector_layout,
+    cache_layout,
 )
 from trsd.teachers import AdapterOffTeacher, OnlineTeacher, Teacher
 
@@ -87,15 +84,6 @@ def describe_cache(job: Job, folder: Path) -> str:
         "vector_cache": "vectors",
     }
     return f"{size:.1f} MiB ({what[job.recipe.teacher]}, {bytes_per_row(cache_layout(job)):,} bytes a token)"
-
-
-def cache_layout(job: Job) -> RowLayout:
-    """What the recipe's cache holds of a token."""
-    if job.recipe.teacher == "top_k_cache":
-        return top_k_layout(job.recipe.teacher_top_k)
-    if job.recipe.teacher == "vector_cache":
-        return vector_layout(job.student_config.get_text_config().hidden_size)
-    return hidden_layout(job.teacher_config.get_text_config().hidden_size, job.reading_dtype)
 
 
 def _fingerprint(job: Job, examples: Sequence[Example]) -> dict[str, str]:

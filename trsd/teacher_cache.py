@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from trsd.batching import Example
+from trsd.placement import Placement
 from trsd.row_builder import build_shards
 from trsd.row_shards import RowShards
 from trsd.teachers import HiddenTargets, OnlineTeacher
@@ -49,6 +50,16 @@ def vector_layout(hidden_size: int) -> RowLayout:
     """
     scalars = {"entropy": (torch.float32, ()), "top_token": (torch.int32, ())}
     return {"vectors": (torch.float32, (hidden_size,)), **scalars}
+
+
+def cache_layout(placement: Placement) -> RowLayout:
+    """What the cache of a recipe, ``placement``'s, holds of a token."""
+    recipe = placement.recipe
+    if recipe.teacher == "top_k_cache":
+        return top_k_layout(recipe.teacher_top_k)
+    if recipe.teacher == "vector_cache":
+        return vector_layout(placement.student_config.get_text_config().hidden_size)
+    return hidden_layout(placement.teacher_config.get_text_config().hidden_size, placement.reading_dtype)
 
 
 def bytes_per_row(layout: RowLayout) -> int:

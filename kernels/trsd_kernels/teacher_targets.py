@@ -190,7 +190,7 @@ def distill_from_top_k(
             f"targets: expected token_ids and log_probs [num_tokens, k >= 1], ids in int64, got {tuple(ids.shape)} "
             f"{ids.dtype} and {tuple(targets.log_probs.shape)}"
         )
-    if not torch.compiler.is_compiling() and ids.numel():
+    if not torch.compiler.is_compiling() and ids.numel() and not ids.is_meta:
         _check_ids(ids, vocab_size)
     return _distill_from(
         distill_top_k,

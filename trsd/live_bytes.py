@@ -1,4 +1,9 @@
-"""Peak bytes of live tensors on a CPU, exact and repeatable where a process's memory is neither."""
+"""Peak bytes of live tensors, exact and repeatable where a process's memory is neither: on a CPU, and on no device.
+
+On the meta device, where tensors have shapes and no content, it tells what a GPU would have to hold.
+"""
+
+from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -30,14 +35,24 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
+        made = False
         for tensor in tree_leaves(result):
             if not isinstance(tensor, torch.Tensor):
                 continue
             storage = tensor.untyped_storage()
             if storage._cdata not in known:
+                made = True
                 self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                 self._at_most += storage.nbytes()
                 self.largest_numel = max(self.largest_numel, storage.nbytes() // tensor.element_size())
-        if self._at_most > self.peak:
-            self.peak = max(self.peak, self.live)
+        if self._at_most > self.peak and self.live > self.peak:
+            self.peak = self._at_most
+            self.reached_peak()
+        self.ran(func, args, kwargs or {}, result, made=made)
         return result
+
+    def reached_peak(self) -> None:
+        """For those who want to look at what is live at a new peak."""
+
+    def ran(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any, *, made: bool) -> None:
+        """For those who want to count something else of each operation; ``made``: it is no view of its inputs."""

@@ -1,0 +1,122 @@
+"""python -m trsd.plan: what fits, what to turn, and what cannot be planned."""
+
+import re
+
+import pytest
+from conftest import refusal
+
+from trsd import plan
+from trsd.plan_report import GIB, Plan
+from trsd.planning import alternatives, planned_traces, shared_lengths, together
+from trsd.recipe import Recipe
+
+SMALL = [
+    "--model",
+    "bundled:reasoner",
+    "--max_length",
+    "512",
+    "--max_tokens_per_batch",
+    "1024",
+    "--train_batch_size",
+    "4",
+]
+
+
+def planned(capsys, *words):
+    plan.main(words)
+    return capsys.readouterr().out
+
+
+def make_plan(*words):
+    arguments, recipe = plan.parse(words)
+    return plan.run(arguments, recipe)
+
+
+def test_a_plan_says_memory_time_disk_and_what_fits(capsys):
+    text = planned(capsys, *SMALL, "--gpu", "H200")
+    for wanted in ("optimizer state", "it fits", "s at least", "teacher targets on disk", "the recipe as it is"):
+        assert wanted in text
+    parts = [float(x) for x in re.findall(r"^  (?!peak)\D.*?([\d.]+)$", text.split("\n\n")[1], flags=re.M)]
+    total = float(re.search(r"peak of live tensors\s+([\d.]+)", text)[1])
+    assert sum(parts) == pytest.approx(total, abs=0.05)
+
+
+def test_what_does_not_fit_names_the_settings_that_would():
+    enough = make_plan(*SMALL, "--gpu", "H200")
+    found = make_plan(*SMALL, "--gpu", "H200", "--gpu_memory", f"{0.999 * enough.needed(enough.cost) / GIB:.6f}")
+    assert found.fits(found.cost) is False
+    changes = [change for change, _ in found.alternatives]
+    assert {"gradient_checkpointing": True} in changes and {"lora_rank": 16} in changes
+    combined = [(change, cost) for change, cost in found.alternatives if len(change) > 1]
+    assert combined and all(found.needed(cost) < found.needed(found.cost) for _, cost in combined)
+
+
+def test_teacher_is_a_model_or_where_targets_come_from():
+    _, recipe = plan.parse([*SMALL, "--method", "lsp", "--teacher", "Qwen3-8B", "--teacher", "online"])
+    assert (recipe.teacher_model_name_or_path, recipe.teacher) == ("Qwen3-8B", "online")
+    assert recipe.model_name_or_path == "bundled:reasoner" and recipe.keep_fraction == 0.5
+
+
+def test_a_shipped_recipe_can_be_planned():
+    arguments, recipe = plan.parse(["--config", "lsp-qwen3-8b-4b", "--gpus", "2"])
+    assert recipe.teacher_model_name_or_path == "Qwen/Qwen3-8B" and arguments.gpus == 2
+
+
+def test_several_gpus_share_all_but_activations():
+    one, four = (make_plan(*SMALL, "--gpu", "H100", "--gpus", count) for count in "14")
+    before, after = one.held(one.cost), four.held(four.cost)
+    assert after["optimizer state"] == before["optimizer state"] / 4
+    assert after["activations"] == before["activations"]
+    assert after["gathered: two layers, a head"] > 0
+
+
+def test_caches_are_counted_for_all_traces(capsys):
+    text = planned(capsys, *SMALL, "--gpu", "cpu", "--answer_tokens", "100", "--num_traces", "1000000")
+    assert "teacher targets on disk: 71.53 GiB for 1,000,000 traces (hidden_cache)" in text  # 100 rows of 192 fp32
+    assert "teacher targets on disk: none" in planned(capsys, *SMALL, "--method", "sft", "--gpu", "cpu")
+
+
+def test_lengths_fill_the_trace():
+    assert sum(shared_lengths(4096)) == 4096 and sum(shared_lengths(8)) == 8
+    trace = planned_traces(1, (5, 20, 7))[0]
+    assert (len(trace.prompt_ids), trace.num_tokens) == (5, 32)
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        (["--model", "./nothing"], "no model folder at ./nothing"),
+        (["--gpu", "Abacus"], "known are H200"),
+        (["--gpus", "0"], "gpus: expected at least 1"),
+        (["--gpu_memory", "-3"], "gpu_memory: expected GiB"),
+        (["--gpu_memory", "much"], "gpu_memory"),
+        (["--answer_tokens", "600"], "longer than max_length 512"),
+        (["--answer_tokens", "0"], "answer_tokens: expected at least 1"),
+        (["--branches", "3"], "branches_per_trace"),
+        (["--teacher", "vector_cache"], "needs lora_rank"),
+        (["--max_length", "2048"], "max_tokens_per_batch"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_planned_says_why(words, said, capsys):
+    assert said in refusal(capsys, lambda: plan.main([*SMALL, *words]))
+
+
+def test_help_says_what_a_model_may_be(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        plan.main(["--help"])
+    text = capsys.readouterr().out
+    assert exit_.value.code == 0 and "--model NAME" in text and "Qwen3-8B" in text and "--gpu_memory" in text
+
+
+def test_settings_that_are_set_are_not_offered():
+    recipe = Recipe(alpha=1.0, teacher="online", gradient_checkpointing=True, lora_rank=4, loss_chunk_bytes=2**20)
+    offered = alternatives(recipe, target="cuda")
+    assert {"gradient_checkpointing": False} in offered and {"teacher": "hidden_cache"} in offered
+    assert [*together(offered)] == [{"teacher": "hidden_cache", "max_tokens_per_batch": 8192}]
+
+
+def test_a_device_without_known_memory_fits_nothing_and_refuses_nothing():
+    found = make_plan(*SMALL, "--gpu", "cpu")
+    assert isinstance(found, Plan) and found.fits(found.cost) is None
+    assert all(len(change) == 1 for change, _ in found.alternatives)

@@ -1,0 +1,164 @@
+"""A step without content against the step itself: bytes, operations, and what has no room."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from bench.in_sight import ops_in_sight
+from trsd.ceilings import Ceilings
+from trsd.live_bytes import LiveBytes
+from trsd.loop import Loop
+from trsd.loop_meter import ACTIVATIONS, GRADIENTS
+from trsd.methods import TeacherExamples
+from trsd.model_shapes import config_of
+from trsd.models import PACKED_ATTENTION
+from trsd.placement import Placement
+from trsd.planning import planned_method, planned_traces
+from trsd.recipe import Recipe, with_method_defaults
+from trsd.step_simulation import COPIES, STATE, TEACHER_WEIGHTS, WEIGHTS, MetaPlacement, simulate_step
+from trsd.teachers import OnlineTeacher
+
+CPU = Ceilings(name="CPU", products=1e11, copies=1e10, memory=None)
+GPU = Ceilings(name="H100", products=8e14, copies=3e12, memory=80 * 2**30)
+
+
+def config(hidden_size, num_layers):
+    return Qwen3Config(
+        vocab_size=2048,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=hidden_size // 4,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+
+
+STUDENT, TEACHER = config(128, 3), config(192, 4)
+
+
+def make_recipe(**changes):
+    defaults = dict(max_tokens_per_batch=2048, max_length=1024, train_batch_size=4, teacher="online", alpha=None)
+    if changes.get("method") == "lsp":
+        defaults["teacher_model_name_or_path"] = "a larger one"
+    return with_method_defaults(Recipe(**(defaults | changes)))
+
+
+LENGTHS = (10, 150, 30)
+
+
+def method_of(recipe, lengths=LENGTHS):
+    return planned_method(recipe, planned_traces(recipe.train_batch_size, lengths))
+
+
+def simulated(recipe, *, target="cpu", ceilings=CPU, student=STUDENT, lengths=LENGTHS):
+    placement = MetaPlacement(recipe, student, TEACHER if recipe.method == "lsp" else student, target=target)
+    return simulate_step(placement, method_of(recipe, lengths), ceilings)
+
+
+def build(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.set_attn_implementation(PACKED_ATTENTION)
+    return model
+
+
+def measured(recipe):
+    """(peak bytes of a real step, the loop's metrics)."""
+    teacher_config = TEACHER if recipe.method == "lsp" else STUDENT
+    method = method_of(recipe)
+    student, teacher = build(STUDENT), None
+    if recipe.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.alpha:
+        teacher = OnlineTeacher(
+            build(teacher_config), TeacherExamples(method), max_tokens_per_batch=recipe.max_tokens_per_batch
+        )
+    loop = Loop(Placement(recipe, STUDENT, teacher_config, device="cpu"), student, teacher, method)
+    loop.stream.step = lambda step: [(0, index) for index in range(len(method.traces))]
+    loop.step(0)  # the optimizer has its state afterwards
+    models = [student] + ([teacher.model] if teacher else [])
+    held = sum(p.nbytes for model in models for p in model.parameters())
+    held += sum(x.nbytes for state in loop.optimizer.state.values() for x in state.values() if x.ndim)
+    with ops_in_sight(), LiveBytes() as memory:
+        metrics = loop.step(1)
+    return held + memory.peak, metrics
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(method="lsp"),
+        dict(method="lsp", gradient_checkpointing=True),
+        dict(method="lsp", keep_fraction=1.0, loss_sections="a"),
+        dict(method="sft"),
+        dict(),
+        dict(branches_per_trace=4),
+        dict(thinking_weight=0.0),
+        dict(max_tokens_per_batch=256, max_length=256),
+        dict(loss_chunk_bytes=2**18),
+        dict(divergence="jsd"),
+    ],
+    ids=str,
+)
+def test_peak_and_operations_are_those_of_the_step(changes):
+    recipe = make_recipe(**changes)
+    peak, metrics = measured(recipe)
+    cost = simulated(recipe)
+    assert cost.peak_bytes == pytest.approx(peak, rel=0.1)
+    assert (cost.num_tokens, cost.supervised_tokens) == (metrics["tokens"], metrics["supervised_tokens"])
+    # The loop counts what every pair and token asks for; what attention's and the small loss's backward recompute comes
+    # on top here.
+    flops = sum(cost.flops.values())
+    assert flops == pytest.approx(1e12 * metrics["teraflops"], rel=0.05 if recipe.loss_chunk_bytes is None else 0.2)
+    assert 0 < sum(cost.flops.values()) / CPU.products < sum(cost.seconds.values())
+
+
+def test_weights_gradients_and_state_are_counted_by_their_parts():
+    recipe = make_recipe(max_tokens_per_batch=256, max_length=256)
+    held = simulated(recipe).held
+    parameters = sum(p.numel() for p in build(STUDENT).parameters())
+    assert held[WEIGHTS] == held[TEACHER_WEIGHTS] == 4 * parameters and held[STATE] == 8 * parameters
+    assert held[GRADIENTS] == 4 * parameters  # of the first row, while the second runs
+
+
+@pytest.mark.parametrize("teacher", ["hidden_cache", "top_k_cache", "online"])
+def test_a_cached_teacher_is_not_in_memory(teacher):
+    held = simulated(make_recipe(method="lsp", teacher=teacher), target="cuda", ceilings=GPU).held
+    body = sum(p.numel() for p in build(TEACHER).parameters())
+    head = 2048 * 192
+    assert held[TEACHER_WEIGHTS] == {"hidden_cache": 2 * head, "top_k_cache": 0, "online": 2 * body}[teacher]
+
+
+@pytest.mark.parametrize("teacher", ["vector_cache", "adapter_off"])
+def test_an_adapter_leaves_little_to_learn(teacher):
+    held = simulated(make_recipe(teacher=teacher, lora_rank=4), target="cuda", ceilings=GPU).held
+    parameters = sum(p.numel() for p in build(STUDENT).parameters())
+    assert 2 * parameters < held[WEIGHTS] < 2.5 * parameters and 0 < held[STATE] < 0.2 * held[WEIGHTS]
+    assert held[TEACHER_WEIGHTS] == 0
+
+
+def test_a_qwen_holds_what_was_counted_by_hand():
+    """In bf16 170 kB more for each token and layer at Qwen3-4B's shape, and 14 bytes a parameter before that."""
+    student = config_of("Qwen3-4B")
+
+    def cost(num_traces, **changes):
+        recipe = make_recipe(method="sft", max_tokens_per_batch=4096, train_batch_size=num_traces, **changes)
+        return simulated(recipe, target="cuda", ceilings=GPU, student=student, lengths=(50, 800, 150))
+
+    longer, shorter = cost(4), cost(3)
+    parameters = 4_022_468_096
+    assert longer.held[WEIGHTS] + longer.held[COPIES] + longer.held[STATE] == 14 * parameters
+    added = (longer.held[ACTIVATIONS] - shorter.held[ACTIVATIONS]) / (longer.num_tokens - shorter.num_tokens)
+    assert added / 36 == pytest.approx(170e3, rel=0.05)
+    assert cost(4, gradient_checkpointing=True).held[ACTIVATIONS] < longer.held[ACTIVATIONS] / 5
+
+
+def test_a_smaller_chunk_of_logits_is_seen():
+    large, small = (
+        simulated(make_recipe(method="sft", loss_chunk_bytes=size), target="cuda", ceilings=GPU).peak_bytes
+        for size in (2**29, 2**22)
+    )
+    assert small < large

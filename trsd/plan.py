@@ -1,0 +1,168 @@
+"""What a recipe would take: ``python -m trsd.plan --model Qwen3-4B --teacher Qwen3-8B --method lsp --gpu_memory 80``.
+
+No weights and no GPU are needed. A step of the trainer's own loop is run without content (``step_simulation.py``),
+which gives peak memory by part and operations by family; the device's ceilings (``ceilings.py``) turn those into the
+least time a step can take. Then what fits, and which setting to turn. Every recipe field is a flag here as in training;
+``--teacher`` names a model, or says where its targets come from.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import get_args, get_type_hints
+
+import torch
+
+from trsd.ceilings import Ceilings, known, measure
+from trsd.errors import InputError
+from trsd.flags import parse_flags
+from trsd.model_shapes import SHAPES
+from trsd.models import quieten_transformers
+from trsd.plan_report import Plan, report
+from trsd.planning import (
+    CLOSER,
+    alternatives,
+    cache_bytes_per_trace,
+    planned_traces,
+    shared_lengths,
+    step_cost,
+    together,
+)
+from trsd.recipe import Recipe
+from trsd.recipe_file import fail, parse_recipe
+
+DEFAULT_GPU = "H100"
+TEACHER_KINDS = get_args(get_type_hints(Recipe)["teacher"])
+DESCRIPTION = f"""Say what a recipe would take: memory by part, operations, least time, disk; what fits, what to turn.
+
+--model NAME     the student: a known shape ({", ".join(SHAPES)}), a folder or a hub name
+--teacher NAME   the teacher, likewise; or where its targets come from: {", ".join(TEACHER_KINDS)}
+
+Every field of the recipe is a flag too, as for python -m trsd.train, and --config names a recipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanArguments:
+    """Say what a recipe would take: memory by part, operations, least time, disk; what fits, and what to turn."""
+
+    gpus: int = 1
+    """GPUs that share weights, gradients and optimizer state (full sharding)."""
+    gpu: str | None = None
+    """The GPU, such as H200; "cpu" for a CPU; left out, the one at hand, or an H100."""
+    gpu_memory: float | None = None
+    """GiB of one GPU; left out, what the GPU has."""
+    num_traces: int = 1000
+    """Traces of the data set, for the time of an epoch and the size of a cache."""
+    prompt_tokens: int | None = None
+    """Tokens of a prompt; left out, 5 % of max_length, as in OpenThoughts."""
+    reasoning_tokens: int | None = None
+    """Tokens of a reasoning, its close included; left out, what prompt and answer leave of max_length."""
+    answer_tokens: int | None = None
+    """Tokens of an answer; left out, 18 % of max_length."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, each as ``field: what to do``."""
+        found = []
+        for name in ("gpus", "num_traces"):
+            if getattr(self, name) < 1:
+                found.append(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name, least in (("prompt_tokens", 1), ("reasoning_tokens", len(CLOSER)), ("answer_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                found.append(f"{name}: expected at least {least}, got {value}")
+        if self.gpu_memory is not None and not 0 < self.gpu_memory < float("inf"):
+            found.append(f"gpu_memory: expected GiB, more than 0, got {self.gpu_memory}")
+        return found
+
+    def lengths(self, max_length: int) -> tuple[int, int, int]:
+        """Tokens of prompt, reasoning and answer of a trace."""
+        shares = shared_lengths(max_length)
+        prompt = self.prompt_tokens or shares[0]
+        answer = self.answer_tokens or shares[2]
+        return prompt, self.reasoning_tokens or max(len(CLOSER), max_length - prompt - answer), answer
+
+
+def parse(argv: Sequence[str] | None) -> tuple[PlanArguments, Recipe]:
+    """The plan's own flags, and a recipe from the rest."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    names = [f"--{entry.name}" for entry in fields(PlanArguments)]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(name)
+    parser.add_argument("--model")
+    parser.add_argument("--teacher", action="append", default=[])
+    own, rest = parser.parse_known_args(words)
+    values = {name: getattr(own, name[2:]) for name in names}
+    given = [word for name, value in values.items() if value is not None for word in (name, value)]
+    asks_for_help = {"-h", "--help"} & set(words)
+    arguments = parse_flags(
+        PlanArguments, ["--help"] if asks_for_help else given, prog="python -m trsd.plan", description=DESCRIPTION
+    )
+    if found := arguments.problems():
+        fail("\n       ".join(found))
+    rest += ["--model_name_or_path", own.model] if own.model else []
+    for value in own.teacher:
+        rest += ["--teacher" if value in TEACHER_KINDS else "--teacher_model_name_or_path", value]
+    recipe, _, _ = parse_recipe(rest, prog="python -m trsd.plan")
+    return arguments, recipe
+
+
+def ceilings_of(arguments: PlanArguments) -> tuple[Ceilings, str]:
+    """(what the device can do, where that is from)."""
+    if arguments.gpu == "cpu" or (
+        arguments.gpu is None and arguments.gpu_memory is None and not torch.cuda.is_available()
+    ):
+        found, source = measure("cpu"), "measured here"
+    elif arguments.gpu is None and torch.cuda.is_available():
+        found, source = measure("cuda"), "measured here"
+    else:
+        found = known(arguments.gpu or DEFAULT_GPU)
+        source = "measured on one" if found.measured else "three quarters of what its maker states"
+        source += "" if arguments.gpu else "; --gpu names another"
+    if arguments.gpu_memory is not None:
+        found = replace(found, memory=arguments.gpu_memory * 2**30)
+    return found, source
+
+
+def run(arguments: PlanArguments, recipe: Recipe) -> Plan:
+    """Plan a recipe. Raises InputError for models, devices and lengths that cannot be had."""
+    lengths = arguments.lengths(recipe.max_length)
+    if sum(lengths) > recipe.max_length:
+        raise InputError(
+            f"prompt, reasoning and answer of {lengths[0]} + {lengths[1]} + {lengths[2]} tokens are longer than "
+            f"max_length {recipe.max_length}: raise it, or shorten them"
+        )
+    ceilings, source = ceilings_of(arguments)
+    target = "cpu" if ceilings.name == "CPU" else "cuda"
+    traces = planned_traces(recipe.train_batch_size, lengths)
+    plan = Plan(
+        recipe=recipe,
+        ceilings=ceilings,
+        source=source,
+        gpus=arguments.gpus,
+        num_traces=arguments.num_traces,
+        lengths=lengths,
+        cost=step_cost(recipe, traces, ceilings, target=target),
+        cache_bytes_per_trace=cache_bytes_per_trace(recipe, traces, target=target),
+    )
+    changes = alternatives(recipe, target=target)
+    for change in changes:
+        plan.try_change(change, lambda other: step_cost(other, traces, ceilings, target=target))
+    for change in together(changes) if plan.fits(plan.cost) is False else ():
+        plan.try_change(change, lambda other: step_cost(other, traces, ceilings, target=target))
+    return plan
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: exit code 2 for what cannot be planned."""
+    arguments, recipe = parse(argv)
+    quieten_transformers()
+    try:
+        print(report(run(arguments, recipe)))
+    except (InputError, OSError, ImportError) as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    main()
