@@ -9,7 +9,7 @@ from trsd.methods import Method
 from trsd.methods.lsp import LSP
 from trsd.methods.trsd import TRSD
 from trsd.model_shapes import config_of
-from trsd.recipe import Recipe
+from trsd.recipe import ONLINE, Recipe
 from trsd.step_simulation import MetaPlacement, StepCost, simulate_step
 from trsd.teacher_cache import bytes_per_row, cache_layout
 from trsd.thinking import ThinkFormat
@@ -83,7 +83,7 @@ def step_cost(recipe: Recipe, traces: Sequence[Trace], ceilings: Ceilings, *, ta
 def alternatives(recipe: Recipe, *, target: str) -> list[dict[str, Any]]:
     """Settings that take less memory, or use more of it for less time; each by itself."""
     found: list[dict[str, Any]] = []
-    if recipe.teacher == "online" and recipe.alpha:
+    if recipe.teacher in ONLINE and recipe.alpha:
         found.append({"teacher": "hidden_cache"})
     if target == "cuda" and (recipe.loss_chunk_bytes is None or recipe.loss_chunk_bytes > SMALL_CHUNK):
         found.append({"loss_chunk_bytes": SMALL_CHUNK})

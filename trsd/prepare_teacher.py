@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 
 from trsd.batching import Example
 from trsd.errors import InputError
+from trsd.fp8 import to_fp8
 from trsd.job import Job
 from trsd.methods import Method, TeacherExamples
 from trsd.metrics import progress_bar
 from trsd.models import logit_options, tokenizer_fingerprint, weights_fingerprint
+from trsd.recipe import ONLINE
 from trsd.row_shards import MANIFEST, building_folder
 from trsd.run import TEACHER
 from trsd.teacher_cache import (
@@ -46,7 +48,7 @@ def prepare_teacher(job: Job, method: Method) -> Teacher | None:
     if recipe.alpha == 0 or recipe.teacher == "adapter_off":
         return None
     examples = TeacherExamples(method)
-    if recipe.teacher == "online":
+    if recipe.teacher in ONLINE:
         return _online_teacher(job, examples)
     folder, fingerprint = cache_folder(job), _fingerprint(job, examples)
     if not (folder / MANIFEST).exists():
@@ -140,6 +142,8 @@ def _check_room(job: Job, folder: Path, num_rows: int) -> None:
 
 def _online_teacher(job: Job, examples: Sequence[Example]) -> OnlineTeacher:
     model = job.teacher()
+    if job.recipe.teacher == "online_fp8":
+        to_fp8(model)
     return OnlineTeacher(model, examples, **_running(job, model))
 
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+TeacherKind = Literal["hidden_cache", "top_k_cache", "vector_cache", "online", "online_fp8", "adapter_off"]
 AttentionBackend = Literal["auto", "triton", "flash_attn_4", "flash_attn_3", "flash_attn_2", "torch", "sdpa"]
 
 
@@ -85,10 +86,11 @@ class Recipe:
     close_tag: str = "</think>"
     """The tag that ends thinking."""
 
-    teacher: Literal["hidden_cache", "top_k_cache", "vector_cache", "online", "adapter_off"] = "hidden_cache"
+    teacher: TeacherKind = "hidden_cache"
     """Kept on disk: hidden_cache, the teacher's final hidden states; top_k_cache, its most probable tokens and the mass
     of the rest; vector_cache, what a frozen lm_head needs for forward_kl (with lora_rank). Run at every step: online, a
-    model of its own; adapter_off, the student without its adapter (with lora_rank)."""
+    model of its own; online_fp8, the same with its layers in 8 bits, not exact; adapter_off, the student without its
+    adapter (with lora_rank)."""
     teacher_top_k: int = 64
     """Tokens a row of teacher=top_k_cache."""
     teacher_cache_dir: str | None = None
@@ -200,6 +202,7 @@ class Recipe:
         return found + method_problems(self) + teacher_problems(self)
 
 
+ONLINE = ("online", "online_fp8")
 # What a method makes of a field that is left out.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "trsd": {"alpha": 1.0},
@@ -272,7 +275,7 @@ def teacher_problems(recipe: Recipe) -> list[str]:
         found.append(
             "teacher_model_name_or_path: with teacher adapter_off the student itself is the teacher: leave it out"
         )
-    if teacher in ("online", "adapter_off") and recipe.teacher_cache_dir:
+    if teacher in (*ONLINE, "adapter_off") and recipe.teacher_cache_dir:
         found.append(f"teacher_cache_dir: teacher {teacher} keeps nothing on disk: leave it out")
     return found
 

@@ -19,10 +19,12 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from trsd.adapters import add_adapter
 from trsd.batching import pack_examples
 from trsd.ceilings import Ceilings
+from trsd.fp8 import to_fp8
 from trsd.loop import Loop
 from trsd.loop_meter import ACTIVATIONS, LOSS_WORK, LoopMeter
 from trsd.methods import Method, TeacherExamples
 from trsd.placement import Placement
+from trsd.recipe import ONLINE
 from trsd.step_meter import ATTENTION, OPTIMIZER, TEACHER, StepMeter
 from trsd.teachers import AdapterOffTeacher, HiddenTargets, OnlineTeacher, Targets, Teacher
 from trsd_kernels import PackedLayout, TeacherVectors, TopKTargets
@@ -126,8 +128,10 @@ class _Simulation:
         }
         if recipe.teacher == "adapter_off":
             return AdapterOffTeacher(self.student, examples, **running), 0
-        if recipe.teacher == "online":
+        if recipe.teacher in ONLINE:
             model = build_on_meta(placement.teacher_config, placement.reading_dtype)
+            if recipe.teacher == "online_fp8":
+                to_fp8(model)
             return OnlineTeacher(model, examples, **running), _bytes_of(model)
         cached = _CachedOnMeta(placement, examples)
         return cached, cached.lm_head_weight.nbytes if recipe.teacher == "hidden_cache" else 0
