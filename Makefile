@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all bench gpu vllm-venv lint format clean
+.PHONY: demo test test-all bench bench-page gpu vllm-venv lint format clean
 
 demo: .venv/installed
 	$(BIN)/python -m trsd.train
@@ -15,6 +15,9 @@ test-all: .venv/installed-test
 
 bench: .venv/installed-test
 	$(BIN)/python -m pytest bench/ --benchmark-only
+
+bench-page: .venv/installed-test
+	$(BIN)/python -m bench.page
 
 # For a machine with a GPU, torch, triton, transformers and pytest-benchmark, and without a network: nothing is
 # installed, and peers are measured where PYTHONPATH or the machine has them, real lengths where TRSD_BENCH_DATA names
