@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +17,8 @@ from trsd.errors import InputError
 
 # What large products and copies reach of what makers state, where nothing was measured: on an H200 0.80 and 0.90.
 SHARE_OF_PRODUCTS, SHARE_OF_COPIES = 0.75, 0.85
+# Of one product or copy, over and over: long enough that a GPU's clock is what it is under load.
+SECONDS, MIN_ROUNDS = 0.5, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,8 @@ class Ceilings:
     """Bytes of memory; None where it is shared with everything else."""
     stated_products: float | None = None
     """By the maker; what model FLOPs utilisation is counted against."""
+    stated_copies: float | None = None
+    """By the maker: bytes a second of the memory."""
     measured: bool = False
 
 
@@ -42,6 +47,7 @@ def _stated(name: str, tflops: float, terabytes: float, gigabytes: float) -> Cei
         copies=SHARE_OF_COPIES * copies,
         memory=gigabytes * 2**30,
         stated_products=products,
+        stated_copies=copies,
     )
 
 
@@ -59,58 +65,88 @@ KNOWN = {
 
 
 def known(name: str) -> Ceilings:
-    """The entry that ``name`` holds, such as "NVIDIA H200".
+    """The entry that ``name`` holds as a word of its own, such as "NVIDIA H200", but not "NVIDIA GH200".
 
     Raises:
         InputError: none does; with those that are known.
     """
-
-    plain = re.sub(r"[^a-z0-9]", "", name.lower())
     for key, entry in KNOWN.items():
-        if all(part in plain for part in re.findall(r"[a-z0-9]+", key.lower())):
+        parts = re.findall(r"[a-z0-9]+", key.lower())
+        if re.search(rf"(?<![a-z0-9]){'.*'.join(parts)}(?![a-z0-9])", name.lower()):
             return entry
     raise InputError(f"no figures for a device named {name!r}: known are {', '.join(KNOWN)}; or measure it where it is")
 
 
-def stated_products(device: torch.device | str) -> float | None:
-    """What the maker states of the device at hand; None where it is not known."""
+def known_device(device: torch.device | str) -> Ceilings | None:
+    """The entry of the device at hand; None where it is not known."""
     if torch.device(device).type != "cuda":
         return None
     try:
-        return known(torch.cuda.get_device_name(device)).stated_products
+        return known(torch.cuda.get_device_name(device))
     except InputError:
         return None
+
+
+def stated_products(device: torch.device | str) -> float | None:
+    """What the maker states of the device at hand; None where it is not known."""
+    entry = known_device(device)
+    return entry and entry.stated_products
+
+
+class Work(NamedTuple):
+    """Something large for a device to do, over and over."""
+
+    run: Callable[[], object]
+    amount: float
+    """Floating-point operations, or bytes read and written."""
+
+
+def large_product(device: torch.device | str, dtype: torch.dtype) -> Work:
+    """The product of two random square matrices."""
+    size = 8192 if torch.device(device).type == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return Work(lambda: left @ right, 2 * size**3)
+
+
+def large_copy(device: torch.device | str) -> Work:
+    """A copy within the device's memory, too large for any of its caches."""
+    length = 2**31 if torch.device(device).type == "cuda" else 2**27
+    source = torch.zeros(length, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return Work(lambda: target.copy_(source), 2 * length)
 
 
 def measure(device: torch.device | str, *, dtype: torch.dtype | None = None) -> Ceilings:
     """The device at hand, in a second or so: medians of some large products and copies."""
     device = torch.device(device)
-    on_gpu = device.type == "cuda"
-    size, length = (8192, 2**31) if on_gpu else (1024, 2**27)
+    on_gpu, entry = device.type == "cuda", known_device(device)
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    product = _median_seconds(lambda: left @ right, device)
-    source = torch.zeros(length, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = _median_seconds(lambda: target.copy_(source), device)
     return Ceilings(
         name=torch.cuda.get_device_name(device) if on_gpu else "CPU",
-        products=2 * size**3 / product,
-        copies=2 * length / copy,
+        products=_rate(large_product(device, dtype), device),
+        copies=_rate(large_copy(device), device),
         memory=torch.cuda.get_device_properties(device).total_memory if on_gpu else None,
-        stated_products=stated_products(device),
+        stated_products=entry.stated_products if entry and dtype.itemsize == 2 else None,
+        stated_copies=entry and entry.stated_copies,
         measured=True,
     )
 
 
-def _median_seconds(work: Callable[[], object], device: torch.device, rounds: int = 9) -> float:
-    seconds = []
-    for _ in range(rounds + 2):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:])
+def _rate(work: Work, device: torch.device) -> float:
+    """The amount of ``work`` a second, in a round of median length."""
+    for _ in range(2):
+        _seconds(work, device)
+    seconds, begun = [], time.perf_counter()
+    while len(seconds) < MIN_ROUNDS or time.perf_counter() - begun < SECONDS:
+        seconds.append(_seconds(work, device))
+    return work.amount / statistics.median(seconds)
+
+
+def _seconds(work: Work, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    work.run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begun
