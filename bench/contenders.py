@@ -36,15 +36,17 @@ class Contender:
     """The same work with every operation in sight of ``LiveBytes``."""
     compiles: bool = False
     """Needs many seconds before it first runs."""
+    needs_gpu: bool = False
+    """Its kernels run on a GPU alone; those in Triton also in the interpreter."""
     check: Callable[[Inputs, Loss], Callable[[], Tensor]] | None = None
     """The same computation not compiled, to be checked by; None: ``step`` itself."""
 
 
-def _heads(inputs: Inputs) -> tuple[Head, Head]:
+def _heads(inputs: Inputs, loss: Loss) -> tuple[Head, Head | None]:
     student_h, student_w, teacher_h, teacher_w, _ = inputs.positional()
     return (
         Head(student_h, student_w, inputs.student_lm_head_bias),
-        Head(teacher_h, teacher_w, inputs.teacher_lm_head_bias),
+        Head(teacher_h, teacher_w, inputs.teacher_lm_head_bias) if loss.alpha else None,
     )
 
 
@@ -61,7 +63,7 @@ def ours(plan: str, chunk_bytes: int | None = None) -> Callable[[Inputs, Loss], 
 
     def step(inputs: Inputs, loss: Loss) -> Callable[[], Tensor]:
         keywords = dict(loss.options(), plan=plan, chunk_bytes=chunk_bytes)
-        return lambda: fused_linear_distillation(*inputs.positional(), **keywords).loss
+        return lambda: fused_linear_distillation(*inputs.asked_for(loss), **keywords).loss
 
     return step
 
@@ -70,7 +72,7 @@ def ours(plan: str, chunk_bytes: int | None = None) -> Callable[[Inputs, Loss], 
 def _tokens_in_sight(inputs: Inputs, loss: Loss) -> None:
     """Plan ``tokens`` without its dispatcher operation, in fp32."""
     TokenPlan(
-        *_heads(inputs),
+        *_heads(inputs, loss),
         inputs.labels,
         torch.full(inputs.labels.shape, 1 / len(inputs.labels)),
         None,
@@ -86,7 +88,7 @@ def _tokens_in_sight(inputs: Inputs, loss: Loss) -> None:
 def _vocab_in_sight(inputs: Inputs, loss: Loss) -> None:
     """Plan ``vocab`` without its dispatcher operations, in fp32."""
     sweep = VocabSweep(
-        *_heads(inputs),
+        *_heads(inputs, loss),
         inputs.labels,
         DistillOptions(**loss.options()),
         chunk=_chunk(inputs, len(inputs.labels)),
@@ -136,10 +138,17 @@ def bare_gemms(inputs: Inputs, loss: Loss) -> Callable[[], None]:
 
 
 def eager_loss(
-    student_h: Tensor, student_w: Tensor, teacher_h: Tensor, teacher_w: Tensor, labels: Tensor, loss: Loss
+    student_h: Tensor,
+    student_w: Tensor,
+    teacher_h: Tensor | None,
+    teacher_w: Tensor | None,
+    labels: Tensor,
+    loss: Loss,
 ) -> Tensor:
     """What people write: whole logits, made in the inputs' dtype and then cast to fp32, and torch's losses."""
     student_logits = F.linear(student_h, student_w).float()
+    if loss.alpha == 0.0:
+        return F.cross_entropy(student_logits, labels)
     with torch.no_grad():
         log_p = F.log_softmax(F.linear(teacher_h, teacher_w).float() / loss.temperature, -1)
     log_q = F.log_softmax(student_logits / loss.temperature, -1)
@@ -156,14 +165,14 @@ def eager_loss(
 
 def eager(inputs: Inputs, loss: Loss) -> Callable[[], Tensor]:
     """Plain torch."""
-    return lambda: eager_loss(*inputs.positional(), loss)
+    return lambda: eager_loss(*inputs.asked_for(loss), loss)
 
 
 def compiled_eager(inputs: Inputs, loss: Loss) -> Callable[[], Tensor]:
     """Plain torch under torch.compile, for this very shape."""
     torch.compiler.reset()
     function = torch.compile(eager_loss, dynamic=False)
-    return lambda: function(*inputs.positional(), loss)
+    return lambda: function(*inputs.asked_for(loss), loss)
 
 
 TOKENS = Contender("ours (tokens)", ours("tokens"), countable=_tokens_in_sight)
@@ -174,8 +183,24 @@ BARE_GEMMS = Contender("bare GEMMs", bare_gemms)
 EAGER = Contender("eager torch", eager)
 COMPILED = Contender("torch.compile", compiled_eager, uncounted=True, compiles=True, check=eager)
 TRL = Contender("TRL chunked divergence", peers.trl_chunked_divergence, install="trl==1.16.0")
-LIGER_FUSED = Contender("Liger fused JSD", peers.liger_fused_jsd, install="liger-kernel==0.8.5")
-LIGER_FUSED_FP32 = Contender("Liger fused JSD, fp32 dW", peers.liger_fused_jsd_fp32, install="liger-kernel==0.8.5")
 LIGER_CHUNKED = Contender(
     "Liger chunked JSD", peers.liger_chunked_jsd, install="liger-kernel==0.8.5", compiles=torch.cuda.is_available()
+)
+
+
+def _liger(name: str, step: Callable[[Inputs, Loss], Callable[[], Tensor]]) -> Contender:
+    return Contender(name, step, install="liger-kernel==0.8.5", needs_gpu=True)
+
+
+LIGER_FUSED = _liger("Liger fused JSD", peers.liger_fused_jsd)
+LIGER_FUSED_FP32 = _liger("Liger fused JSD, fp32 dW", peers.liger_fused_jsd_fp32)
+LIGER_CE = _liger("Liger fused CE", peers.liger_cross_entropy)
+LIGER_CE_FP32 = _liger("Liger fused CE, fp32 dW", peers.liger_cross_entropy_fp32)
+FLA = Contender("FLA fused KL", peers.fla_fused_kl, install="fla-core==0.6.0", needs_gpu=True)
+FLA_ROUNDED = Contender(
+    "FLA fused KL, rounded dW", peers.fla_fused_kl_rounded, install="fla-core==0.6.0", needs_gpu=True
+)
+CCE = Contender("CCE", peers.cut_cross_entropy, install="cut-cross-entropy==25.1.1", needs_gpu=True)
+QUACK = Contender(
+    "QuACK linear CE", peers.quack_cross_entropy, install="quack-kernels==0.6.5", needs_gpu=True, compiles=True
 )

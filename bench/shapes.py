@@ -32,6 +32,9 @@ class Shape(NamedTuple):
 # A 4B student of an 8B teacher over Qwen3's vocabulary; 512 tokens are a step that learns answers alone.
 GPU_SHAPES = tuple(Shape(num_tokens, 151936, 2560, 4096) for num_tokens in (4096, 8192, 512))
 CPU_SHAPES = (Shape(512, 32000, 64, 96), Shape(2048, 8192, 128, 192))
+# Whole logits of more than 32 MiB: smaller ones glibc gives out again without returning them to the kernel, which
+# spares plain torch the page faults that logits of any real size cost it.
+SMALL_CPU_SHAPE = Shape(512, 18000, 64, 96)
 
 
 class Loss(NamedTuple):
@@ -54,6 +57,7 @@ class Loss(NamedTuple):
 
 CE_KL = Loss("ce+kl", 0.5, "forward_kl")
 CE_JSD = Loss("ce+jsd", 0.5, "jsd")
+CE = Loss("ce", 0.0, "forward_kl")
 KL = Loss("kl", 1.0, "forward_kl")
 JSD = Loss("jsd", 1.0, "jsd")
 
@@ -87,6 +91,11 @@ class Inputs:
             self.teacher_lm_head_weight,
             self.labels,
         )
+
+    def asked_for(self, loss: Loss) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+        """``positional``, but no teacher where the loss has no divergence."""
+        student_h, student_w, *teacher, labels = self.positional()
+        return (student_h, student_w, *(teacher if loss.alpha else (None, None)), labels)
 
     def to(self, dtype: torch.dtype) -> "Inputs":
         """A copy with every floating tensor in ``dtype``, as leaves."""

@@ -1,4 +1,4 @@
-"""The benchmarks' own parts: that contenders compute the same, and what is made of the figures."""
+"""The benchmarks' own parts: what is made of the figures, and what they are measured on."""
 
 import json
 from functools import partial
@@ -6,9 +6,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import make_tiny_model
-from distillation_cases import INTERPRETED, relative_error
 
-from bench import contenders as c
 from bench.attention import (
     CPU_BRANCHES,
     CPU_PLAIN,
@@ -23,12 +21,10 @@ from bench.attention import (
     mixed_lengths,
     visible_pairs,
 )
-from bench.correctness import worst_error
 from bench.lines import FillLine, StepLine, read_line
 from bench.measure import NotMeasured, record_lines
 from bench.record import Results, results_path
 from bench.sequence_lengths import sample, token_lengths
-from bench.shapes import CE_JSD, CE_KL, JSD, KL, REGIMES, Loss, Shape, draw
 from bench.step_settings import CPU_CUTS, GPU_CUTS, Cuts, real_examples
 from bench.student_step import (
     PaddedPass,
@@ -41,56 +37,6 @@ from bench.student_step import (
 )
 from trsd.batching import pack_examples
 from trsd.models import PACKED_ATTENTION
-
-SHAPE = Shape(9, 37, 8, 12)
-WITH_CROSS_ENTROPY = (c.VOCAB, c.EAGER, c.LIGER_CHUNKED)
-WITHOUT = (c.TRL, *((c.LIGER_FUSED, c.LIGER_FUSED_FP32) if INTERPRETED or torch.cuda.is_available() else ()))
-
-
-def loss_and_gradients(contender, loss, *, head_is_trained=True):
-    inputs = draw(SHAPE, device="cpu", dtype=torch.float32, head_is_trained=head_is_trained)
-    try:
-        value = contender.step(inputs, loss)()
-    except ImportError as error:
-        pytest.skip(f"pip install {contender.install} ({error})")
-    value.backward()
-    return [value, *(tensor.grad for tensor in inputs.trained().values())]
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize(
-    "contender,loss",
-    [(contender, loss) for contender in WITH_CROSS_ENTROPY for loss in (CE_KL, CE_JSD, KL)]
-    + [(contender, loss) for contender in WITHOUT for loss in (KL, JSD)],
-    ids=lambda value: value.name,
-)
-def test_every_contender_computes_the_same_loss(contender, loss, temperature):
-    loss = loss._replace(temperature=temperature)
-    for got, wanted in zip(loss_and_gradients(contender, loss), loss_and_gradients(c.TOKENS, loss), strict=True):
-        assert relative_error(got, wanted.detach().double()) < 1e-5
-
-
-@pytest.mark.parametrize("loss", [CE_KL, KL], ids=lambda loss: loss.name)
-def test_cached_vectors_compute_the_same_loss(loss):
-    cached = loss_and_gradients(c.VECTORS, loss, head_is_trained=False)
-    for got, wanted in zip(cached, loss_and_gradients(c.TOKENS, loss, head_is_trained=False), strict=True):
-        assert relative_error(got, wanted.detach().double()) < 1e-5
-
-
-def test_the_bare_products_run_with_and_without_a_trained_head():
-    for head_is_trained in (True, False):
-        inputs = draw(SHAPE, device="cpu", dtype=torch.float32, head_is_trained=head_is_trained)
-        assert c.BARE_GEMMS.step(inputs, CE_KL)() is None
-        assert len(inputs.trained()) == 1 + head_is_trained
-
-
-@pytest.mark.parametrize("regime", REGIMES)
-def test_inputs_are_drawn_alike_in_every_dtype(regime):
-    exact = draw(SHAPE, device="cpu", dtype=torch.float32, regime=regime, bias=True)
-    rounded = draw(SHAPE, device="cpu", dtype=torch.bfloat16, regime=regime, bias=True)
-    for name, tensor in vars(exact.to(torch.bfloat16)).items():
-        assert torch.equal(tensor, getattr(rounded, name)), name
-    assert set(exact.trained()) == {"student_hidden_states", "student_lm_head_weight", "student_lm_head_bias"}
 
 
 def test_ratios_and_paths(monkeypatch, tmp_path):
@@ -170,31 +116,6 @@ def test_lines_of_no_known_kind_are_refused():
         read_line({"kind": "Something"})
 
 
-SHORT = Loss("ce+jsd", 0.5, "jsd")
-
-
-@pytest.mark.parametrize("contender", [c.TOKENS, c.VOCAB, c.EAGER], ids=lambda contender: contender.name)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_contenders_are_checked_against_float64(contender, dtype):
-    error = worst_error(contender, SHORT, device="cpu", dtype=dtype, head_is_trained=True)
-    assert 0 < error < (1e-5 if dtype == torch.float32 else 1e-2)
-
-
-@pytest.mark.parametrize(
-    "wrong,said",
-    [
-        (lambda inputs, loss: c.EAGER.step(inputs, loss._replace(temperature=1.0)), "temperature 2"),
-        (lambda inputs, loss: lambda: c.EAGER.step(inputs, loss)() * loss.temperature, "refused, loss"),
-        (lambda inputs, loss: c.EAGER.step(inputs, loss._replace(divergence="forward_kl")), "refused, loss"),
-        (lambda inputs, loss: lambda: c.EAGER.step(inputs.to(torch.float32), loss)(), "no gradient"),
-    ],
-    ids=["no temperature", "another factor", "another divergence", "no gradient"],
-)
-def test_what_computes_something_else_is_refused_before_it_is_timed(wrong, said):
-    with pytest.raises(NotMeasured, match=said):
-        worst_error(c.Contender("wrong", wrong), SHORT, device="cpu", dtype=torch.float32, head_is_trained=True)
-
-
 @pytest.mark.parametrize(
     "error,outcome",
     [
@@ -211,7 +132,7 @@ def test_a_line_that_is_not_measured_is_recorded_with_its_reason(results, error,
     lines = [partial(StepLine, group="a model", contender=name) for name in ("one", "two")]
     expected = RuntimeError if outcome.startswith("failed") else pytest.skip.Exception
     with pytest.raises(expected):
-        record_lines(results, lines, measure, out_of_time=never, install="it" if "it" in outcome else "")
+        record_lines(results, lines, measure, out_of_time=never, install="it")
     assert [line.outcome for line in results.lines] == [outcome, outcome]
 
 

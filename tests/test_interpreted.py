@@ -1,5 +1,6 @@
 """The Triton kernels' numerics without a GPU: their tests run again in the interpreter, in a process of its own."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -8,15 +9,26 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+PEERS_IN_TRITON = {"liger_kernel": "liger-kernel", "fla": "fla-core", "cut_cross_entropy": "cut-cross-entropy"}
 
 
-@pytest.mark.parametrize(
-    "name", ["test_linear_distill.py", "test_logits_distill.py", "test_teacher_targets.py", "test_branch_attention.py"]
-)
-def test_triton_kernels_in_the_interpreter(name):
+def run_in_the_interpreter(name):
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-x", "-m", "not gpu", "-p", "no:cacheprovider", str(HERE / name)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
     result = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, env=environment)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "name", ["test_linear_distill.py", "test_logits_distill.py", "test_teacher_targets.py", "test_branch_attention.py"]
+)
+def test_triton_kernels_in_the_interpreter(name):
+    run_in_the_interpreter(name)
+
+
+def test_peers_in_the_interpreter():
+    if not any(map(importlib.util.find_spec, PEERS_IN_TRITON)):
+        pytest.skip(f"pip install {' '.join(PEERS_IN_TRITON.values())}: none of them is there")
+    run_in_the_interpreter("test_bench_peers.py")
