@@ -198,7 +198,8 @@ class TrainingLine(InTurnLine):
     """A whole training step: teacher, student, loss, backward, clipping and optimizer; its peak is all that is live."""
 
     columns: ClassVar = (
-        *("ms", "± %", "x LSP", "tokens/s", "TFLOP", "MFU %", "peak GiB", "x LSP", "planned GiB", "tokens", "loss"),
+        *("ms", "± %", "x reference", "tokens/s", "TFLOP", "MFU %", "peak GiB", "x reference"),
+        *("plan GiB", "plan ms", "recomputed", "tokens", "loss"),
     )
 
     method: str
@@ -208,15 +209,14 @@ class TrainingLine(InTurnLine):
     """Of each sequence that is kept."""
     branches: int | None = None
     """Cuts of each trace in a step."""
-    student_flops: float | None = None
-    """Of the student's forward and backward alone, without what is recomputed."""
-    student_milliseconds: float | None = None
-    """Median of the step without its teacher, where it was measured."""
+    recomputed: bool | None = None
+    """Whether activations were made again in the backward pass."""
     ceiling_tflops: float | None = None
     """The device's dense products, as its maker states them, or as measured where none does."""
     planned_bytes: int | None = None
     """The peak that ``trsd.plan`` predicts."""
     planned_milliseconds: float | None = None
+    """The least that a step can take there, by the same prediction."""
     loss_value: float | None = None
 
     @property
@@ -237,6 +237,8 @@ class TrainingLine(InTurnLine):
             shown(self.mfu and 100 * self.mfu, 1),
             *self._memory_cells(3 if small else 1),
             shown(self.planned_bytes and self.planned_bytes / GIB, 3 if small else 1),
+            shown(self.planned_milliseconds, 0),
+            {None: "-", True: "yes", False: "no"}[self.recomputed],
             shown(self.num_tokens, 0),
             shown(self.loss_value, 4),
         )

@@ -54,6 +54,8 @@ def _stated(name: str, tflops: float, terabytes: float, gigabytes: float) -> Cei
 # Measured: products of 8,192 cubed in bf16 on random data, and device-to-device copies of some GB.
 KNOWN = {
     "H200": replace(_stated("H200", 989.4, 4.8, 139.8), products=788e12, copies=4.3e12, measured=True),
+    "H100 PCIe": _stated("H100 PCIe", 756, 2.0, 79.2),
+    "H100 NVL": _stated("H100 NVL", 835, 3.9, 93.1),
     "H100": replace(_stated("H100", 989.4, 3.35, 79.2), products=798e12, copies=3.0e12, measured=True),
     "B200": _stated("B200", 2250, 8.0, 178),
     "A100-40GB": _stated("A100-40GB", 312, 1.555, 39.5),

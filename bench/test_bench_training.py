@@ -1,0 +1,265 @@
+"""Whole training steps: ours in its forms against the LSP reference, over fractions; branches against separate cuts.
+
+On a GPU with random weights of Qwen3's shapes, fp32 weights and bf16 compute, the paper's lengths; on a CPU a small
+pair in fp32. The contenders of a group run in turn on the same models (``training.py``). Before any is timed, its loss
+and gradient norm are held against the others': the reference's, less the teacher's entropy, which its soft term holds.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from bench.lines import TrainingLine
+from bench.measure import NotMeasured, forget, timed_fields
+from bench.predict import ours_forms, planned_ours, planned_reference
+from bench.training import TOLERANCE, BranchSteps, PairSteps, Shared, TrainingStep
+from bench.training_settings import CPU_BRANCHES, CPU_PAIRS, GPU_BRANCHES, GPU_PAIRS, Branches, Pair
+from trsd.ceilings import Ceilings, known_device, measure
+from trsd.models import quieten_transformers
+
+SUITE = ("training", "whole training steps: teacher, student, loss, backward, optimizer")
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+PAIRS, BRANCHES = (GPU_PAIRS, GPU_BRANCHES) if ON_GPU else (CPU_PAIRS, CPU_BRANCHES)
+REFERENCE, BEST, HALF = "LSP reference", "LSP reference, best settings", "LSP reference on the leading half"
+ONLINE, LEAN, FP8 = "ours, teacher online", "ours, teacher online, lean", "ours, teacher in fp8"
+CACHED = "ours, teacher cached"
+SHARED, SEPARATE, WHOLE = "ours, branches", "ours, separate packed sequences", "ours, one full-length branch"
+PLANNED = (0.5, 1.0)  # fractions whose prediction is held against the measurement
+ROUNDS = 5
+MFU = 0.45
+
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="a target for a GPU, and there is no CUDA device")
+unused_is_fine = pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
+
+
+def name_of(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else value.name
+
+
+@pytest.fixture(scope="module")
+def ceilings(one_thread: None) -> Ceilings:
+    """Of the device; measured, for a prediction is for this one."""
+    return measure(DEVICE)
+
+
+@pytest.fixture(scope="module")
+def shared(request: pytest.FixtureRequest, one_thread: None) -> Iterator[Callable[[], Shared]]:
+    """The models of the parameter's pair, built when they are asked for; those of the one before are freed first."""
+    forget()
+    quieten_transformers()
+    built: list[Shared] = []
+
+    def get() -> Shared:
+        if not built:
+            setting = request.param
+            names = (setting.student, setting.teacher) if isinstance(setting, Pair) else (setting.model, None)
+            built.append(Shared(*names, DEVICE))
+        return built[0]
+
+    yield get
+    built.clear()
+    forget()
+
+
+def ready(make: Callable[..., TrainingStep], choices: Sequence[bool]) -> tuple[TrainingStep | None, dict[str, Any]]:
+    """(a step that fits, the fields that are known of it): without recomputing activations if that is a choice."""
+    for recomputed in choices:
+        step = None
+        try:
+            step = make(recomputed=recomputed)
+            peak = step.peak_bytes()
+            step.once()  # warmed up
+            step.seconds.clear()
+            return step, dict(peak_bytes=peak, num_tokens=step.num_tokens, loss_value=step.loss, recomputed=recomputed)
+        except NotMeasured as error:
+            return None, dict(outcome=f"not measured: {error}")
+        except torch.OutOfMemoryError:
+            del step
+            forget()
+    return None, dict(outcome="out of memory")
+
+
+def check(name: str, step: TrainingStep, wanted: TrainingStep, dtype: torch.dtype) -> str:
+    """Why a step is refused: another loss or gradient than the one that is wanted; empty when it is the same."""
+    for what, got, right in (("loss", step.loss, wanted.loss), ("gradient norm", step.norm, wanted.norm)):
+        if not abs(got - right) <= TOLERANCE[dtype] * abs(right):
+            return f"refused, its {what} is {got:.6g}, and {right:.6g} was expected"
+    return ""
+
+
+def in_turn(
+    benchmark: Callable, makers: dict[str, tuple[Callable, Sequence[bool]]], rounds: int, *, apart: str
+) -> list[dict[str, Any]]:
+    """The fields of every contender's line; the first is the reference, and all but ``apart`` must agree with it."""
+    steps: dict[str, TrainingStep] = {}
+    fields: dict[str, dict[str, Any]] = {}
+    expected = None
+    for name, (make, choices) in makers.items():
+        step, fields[name] = ready(make, choices)
+        if step is not None and name != apart:
+            expected = expected or step
+            if refused := check(name, step, expected, torch.bfloat16 if ON_GPU else torch.float32):
+                step, fields[name] = None, dict(outcome=refused)
+        if step is not None:
+            steps[name] = step
+    if not steps:
+        return list(fields.values())
+    first, *others = steps.values()
+
+    def run_others() -> None:
+        for step in others:
+            step.once()
+
+    benchmark.pedantic(first.once, setup=run_others, rounds=rounds)
+    reference = next(iter(makers))
+    for name, step in steps.items():
+        fields[name] |= timed_fields(step, steps.get(reference, step))
+        fields[name]["reference_peak_bytes"] = fields[reference].get("peak_bytes")
+        if reference not in steps:
+            fields[name] |= dict(reference_milliseconds=None, reference_quartiles=None)
+    return list(fields.values())
+
+
+def ceiling_tflops(ceilings: Ceilings) -> float:
+    entry = known_device(DEVICE)
+    return (entry.stated_products if entry else ceilings.products) / 1e12
+
+
+@unused_is_fine
+@pytest.mark.parametrize(
+    "shared,pair,keep_fraction",
+    [pytest.param(pair, pair, f, id=pair.group(f)) for pair in PAIRS for f in pair.fractions],
+    indirect=["shared"],
+)
+def test_fractions(shared, pair, keep_fraction, ceilings, benchmark, record, tmp_path):
+    benchmark.group = pair.group(keep_fraction)
+
+    def measured() -> list[dict[str, Any]]:
+        steps = PairSteps(pair, keep_fraction, shared(), tmp_path)
+        either = (False, True)
+        makers = {
+            REFERENCE: (partial(steps.reference, best=False), (True,)),
+            BEST: (partial(steps.reference, best=True), either),
+            ONLINE: (steps.online, either),
+            LEAN: (partial(steps.online, lean=True), (True,)),
+            FP8: (partial(steps.online, fp8=True), either),
+            CACHED: (steps.cached, either),
+        }
+        if keep_fraction == 1.0:
+            makers[HALF] = (partial(steps.reference, best=False, keep_fraction=0.5), (True,))
+        fields = in_turn(benchmark, makers, ROUNDS if keep_fraction in PLANNED else 3, apart=HALF)
+        for name, each in zip(makers, fields, strict=True):
+            each |= dict(flops=steps.flops(teacher=name != CACHED), ceiling_tflops=ceiling_tflops(ceilings))
+            if name == HALF:
+                each["flops"] = PairSteps(pair, 0.5, shared(), tmp_path).flops(teacher=True)
+            elif keep_fraction in PLANNED and "recomputed" in each:
+                each |= planned(pair, keep_fraction, name, ceilings, recomputed=each["recomputed"])
+        return fields
+
+    names = [REFERENCE, BEST, ONLINE, LEAN, FP8, CACHED] + [HALF] * (keep_fraction == 1.0)
+    about = dict(method="lsp", student=pair.student, teacher=pair.teacher, fraction=keep_fraction)
+    line = partial(TrainingLine, group=pair.group(keep_fraction), **about)
+    record([partial(line, contender=name) for name in names], measured)
+
+
+def planned(pair: Pair, keep_fraction: float, name: str, ceilings: Ceilings, *, recomputed: bool) -> dict[str, Any]:
+    """What was predicted of a contender."""
+    if name in (REFERENCE, BEST):
+        how = dict(target=DEVICE, best=name == BEST, recomputed=recomputed)
+        peak, milliseconds = planned_reference(pair, keep_fraction, ceilings, **how)
+    else:
+        recipe = replace(ours_forms(pair, keep_fraction)[name], gradient_checkpointing=recomputed)
+        peak, milliseconds = planned_ours(pair, recipe, ceilings, target=DEVICE)
+    return dict(planned_bytes=peak, planned_milliseconds=milliseconds)
+
+
+@unused_is_fine
+@pytest.mark.parametrize(
+    "shared,branches", [pytest.param(each, each, id=each.name) for each in BRANCHES], indirect=["shared"]
+)
+def test_branches(shared, branches: Branches, ceilings, benchmark, record, tmp_path):
+    benchmark.group = branches.name
+
+    def measured() -> list[dict[str, Any]]:
+        steps = BranchSteps(branches, shared(), tmp_path)
+        forms = {SHARED: "branches", WHOLE: "whole", SEPARATE: "separate"}
+        makers = {name: (partial(steps.ours, form), (False, True)) for name, form in forms.items()}
+        fields = in_turn(benchmark, makers, ROUNDS, apart=WHOLE)
+        for (name, form), each in zip(forms.items(), fields, strict=True):
+            each |= dict(flops=steps.flops(form), ceiling_tflops=ceiling_tflops(ceilings))
+            each |= dict(branches=1 if name == WHOLE else branches.num_cuts)
+        return fields
+
+    about = dict(method="trsd", student=branches.model, teacher=branches.model, fraction=1.0)
+    names = (SHARED, WHOLE, SEPARATE)
+    record([partial(TrainingLine, group=branches.name, contender=name, **about) for name in names], measured)
+
+
+class Target(NamedTuple):
+    """A line of ours takes at most ``limit`` times what another line of the same run takes."""
+
+    quantity: str
+    """"time", "memory", or "both"."""
+    limit: float
+    group: str
+    contenders: tuple[str, ...]
+    """Any of them may reach it."""
+    other_group: str
+    other: str
+
+    @property
+    def name(self) -> str:
+        ours, theirs = f"{self.contenders[0]} ({self.group})", f"{self.other} ({self.other_group})"
+        return f"{self.quantity} of {ours} <= {self.limit:.2f} x {theirs}"
+
+    def reached(self, line: TrainingLine, other: TrainingLine) -> float:
+        """The multiple that was measured."""
+        time, memory = line.milliseconds / other.milliseconds, line.peak_bytes / other.peak_bytes
+        return {"time": time, "memory": memory, "both": max(time, memory)}[self.quantity]
+
+
+def targets() -> list[Target]:
+    """Of the first pair, and of branches."""
+    half, whole = (GPU_PAIRS[0].group(f) for f in (0.5, 1.0))
+    branches = GPU_BRANCHES[0].name
+    return [
+        Target("both", 1.0, whole, (ONLINE, LEAN), half, REFERENCE),
+        Target("time", 0.5, half, (ONLINE,), half, REFERENCE),
+        Target("time", 0.35, half, (CACHED,), half, REFERENCE),
+        Target("time", 1.4, branches, (SHARED,), branches, WHOLE),
+        Target("time", 1 / 3, branches, (SHARED,), branches, SEPARATE),
+    ]
+
+
+@needs_gpu
+@unused_is_fine
+@pytest.mark.parametrize("target", targets(), ids=name_of)
+def test_target(target, benchmark, results):
+    lines = [line for name in target.contenders if (line := results.find(group=target.group, contender=name))]
+    other = results.find(group=target.other_group, contender=target.other)
+    if not lines or other is None:
+        pytest.fail(f"{target.name}: not measured")
+    reached = min(target.reached(line, other) for line in lines)
+    assert reached <= target.limit, f"{target.name}: reached {reached:.2f}\n{results.table()}"
+
+
+@needs_gpu
+@unused_is_fine
+def test_the_students_step_keeps_the_gpu_busy(benchmark, results):
+    line = results.find(group=GPU_PAIRS[0].group(1.0), contender=CACHED)
+    if line is None:
+        pytest.fail("the student's step was not measured")
+    assert line.mfu >= MFU, f"model FLOPs utilisation {line.mfu:.2f}\n{results.table()}"
+
+
+@needs_gpu
+@unused_is_fine
+def test_plans_are_within_ten_percent(benchmark, results):
+    planned = [line for line in results.lines if getattr(line, "planned_bytes", None)]
+    off = {f"{line.group}, {line.contender}": line.planned_bytes / line.peak_bytes for line in planned}
+    assert off and all(0.9 <= ratio <= 1.1 for ratio in off.values()), off

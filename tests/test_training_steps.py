@@ -1,0 +1,201 @@
+"""The whole-step benchmark's parts: that the LSP reference and ours are one step, and who is refused or falls back."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import test_bench_training as suite
+from bench.lsp_reference import LSPReference, padded
+from bench.measure import NotMeasured
+from bench.predict import ours_forms, planned_ours, planned_reference, predictions
+from bench.training import BranchSteps, PairSteps, Shared
+from bench.training_settings import CPU_PAIRS, GPU_PAIRS, Branches, Pair
+from trsd.ceilings import Ceilings, known
+
+PAIR = Pair("small teacher", "small student", 50, 2, (0.5, 1.0))
+CPU = Ceilings(name="CPU", products=1e11, copies=1e10, memory=None)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return Shared(PAIR.student, PAIR.teacher, "cpu")
+
+
+@pytest.fixture
+def steps(shared, tmp_path):
+    return PairSteps(PAIR, 0.7, shared, tmp_path)
+
+
+def gradients(step):
+    """The gradients that the optimizer finds."""
+    found, optimizer = {}, step.shared.optimizer
+    inside = optimizer.step
+
+    def keep():
+        found.update({name: p.grad.clone() for name, p in step.shared.student.named_parameters()})
+        inside()
+
+    optimizer.step = keep
+    try:
+        step.work()
+    finally:
+        del optimizer.step
+    return found
+
+
+@pytest.mark.parametrize("form", ["online", "lean", "recomputed", "cached", "best"])
+def test_every_contender_takes_the_step_of_the_reference(steps, form):
+    ours = {
+        "online": partial(steps.online, recomputed=False),
+        "lean": partial(steps.online, recomputed=True, lean=True),
+        "recomputed": partial(steps.online, recomputed=True),
+        "cached": partial(steps.cached, recomputed=False),
+        "best": partial(steps.reference, best=True, recomputed=False),
+    }[form]()
+    reference = steps.reference(best=False, recomputed=True)
+    wanted, got = gradients(reference), gradients(ours)
+    assert ours.loss == pytest.approx(reference.loss, rel=1e-5) and ours.norm == pytest.approx(reference.norm, rel=1e-5)
+    assert wanted.keys() == got.keys()
+    for name, gradient in wanted.items():
+        assert (got[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+def test_the_reference_is_the_formula_of_the_paper():
+    torch.manual_seed(0)
+    row = padded(torch.tensor([3, 1, 4, 1, 5]), pad_to=16)
+    reference = object.__new__(LSPReference)
+    reference.alpha, reference.temperature = 0.3, 2.0
+    student, teacher = torch.randn(2, 1, 16, 7, dtype=torch.float64)
+    got = reference.loss(student, teacher, row)
+    wanted = 0.0
+    for place in range(11, 15):  # the tokens behind the padding that predict
+        q, p = torch.softmax(student[0, place] / 2.0, 0), torch.softmax(teacher[0, place] / 2.0, 0)
+        hard = -torch.log_softmax(student[0, place], 0)[row.input_ids[0, place + 1]]
+        wanted += (0.7 * hard - 0.3 * 4.0 * (p * q.log()).sum()) / 4
+    assert float(got) == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_padding_is_on_the_left_and_only_where_it_is_needed():
+    row = padded(torch.arange(1, 6), pad_to=4)
+    assert row.input_ids.tolist() == [[0, 0, 0, 1, 2, 3, 4, 5]] and row.attention_mask.sum() == 5
+    assert row.kept.tolist() == [[0, 0, 0, 1, 1, 1, 1]]
+    assert padded(torch.arange(4), pad_to=4).attention_mask is None
+
+
+def test_nobody_changes_the_weights(steps):
+    before = [parameter.clone() for parameter in steps.shared.student.parameters()]
+    for step in (steps.reference(best=True, recomputed=False), steps.online(recomputed=False)):
+        step.work()
+    assert all(torch.equal(a, b) for a, b in zip(before, steps.shared.student.parameters(), strict=True))
+    assert not [p for p in steps.shared.student.parameters() if p.grad is not None]
+
+
+def test_operations_are_those_that_torch_counts(steps):
+    """Of the reference, but for the masked pairs that SDPA's count holds."""
+    step = steps.reference(best=True, recomputed=False)
+    step.work()
+    with FlopCounterMode(display=False) as counter:
+        step.work()
+    assert steps.flops(teacher=True) == pytest.approx(counter.get_total_flops(), rel=0.06)
+    assert 0.6 < steps.flops(teacher=False) / steps.flops(teacher=True) < 0.9
+
+
+@pytest.mark.parametrize("best,recomputed", [(False, True), (True, False)])
+def test_the_references_memory_is_predicted(shared, tmp_path, best, recomputed):
+    pair = CPU_PAIRS[0]
+    step = PairSteps(pair, 1.0, shared, tmp_path).reference(best=best, recomputed=recomputed)
+    step.work()
+    peak, milliseconds = planned_reference(pair, 1.0, CPU, target="cpu", best=best, recomputed=recomputed)
+    assert peak == pytest.approx(step.peak_bytes(), rel=0.1) and milliseconds > 0
+
+
+@pytest.mark.parametrize("name,form", [(suite.ONLINE, {}), (suite.LEAN, dict(lean=True)), (suite.CACHED, None)])
+def test_our_memory_is_predicted(shared, tmp_path, name, form):
+    pair, recomputed = CPU_PAIRS[0], name == suite.LEAN
+    steps = PairSteps(pair, 1.0, shared, tmp_path)
+    step = steps.cached(recomputed=False) if form is None else steps.online(recomputed=recomputed, **form)
+    step.work()
+    peak, _ = planned_ours(pair, ours_forms(pair, 1.0)[name], CPU, target="cpu")
+    assert peak == pytest.approx(step.peak_bytes(), rel=0.1)
+
+
+def test_full_length_by_ours_is_predicted_to_hold_less_than_the_reference_at_one_half():
+    pair, gpu = GPU_PAIRS[0], known("H200")
+    half, _ = predictions(pair, 0.5, gpu)["LSP reference"]()
+    whole, _ = predictions(pair, 1.0, gpu)["ours, teacher online, lean"]()
+    assert whole < half
+
+
+def test_branches_and_separate_sequences_take_one_step(tmp_path):
+    branches = Branches("small student", 32, 4, 6, num_traces=2, prompt_length=5)
+    shared = Shared(branches.model, None, "cpu")
+    with torch.no_grad():
+        for parameter in shared.teacher.parameters():
+            parameter.mul_(1.5)  # or it would be the student
+    made = BranchSteps(branches, shared, tmp_path)
+    wanted, got = (made.ours(form, recomputed=False) for form in ("separate", "branches"))
+    found = gradients(got)
+    for name, gradient in gradients(wanted).items():
+        assert (found[name] - gradient).norm() <= 1e-3 * gradient.norm(), name
+    assert got.loss == pytest.approx(wanted.loss, rel=1e-4) and got.num_tokens < wanted.num_tokens
+    assert made.flops("branches") < made.flops("separate")
+
+
+class FakeStep:
+    """A step of a given loss that fits, or does not."""
+
+    num_tokens, quartiles, milliseconds = 3, (1.0, 1.0), 1.0
+
+    def __init__(self, loss, *, recomputed, fits=True):
+        self.loss, self.norm, self.fits, self.recomputed, self.seconds = loss, 1.0, fits, recomputed, []
+
+    def peak_bytes(self):
+        if self.fits is False or (self.fits == "recomputed" and not self.recomputed):
+            raise torch.OutOfMemoryError
+        return 7
+
+    def once(self):
+        self.seconds.append(1.0)
+
+
+class FakeBenchmark:
+    def pedantic(self, work, *, setup, rounds):
+        for _ in range(rounds):
+            setup()
+            work()
+
+
+def unavailable(**_):
+    raise NotMeasured("no such GPU")
+
+
+def test_contenders_fall_back_are_refused_or_left_out_each_by_itself():
+    either = (False, True)
+    makers = {
+        "reference": (partial(FakeStep, 2.0), either),
+        "same": (partial(FakeStep, 2.0001, fits="recomputed"), either),
+        "another loss": (partial(FakeStep, 2.1), either),
+        "half": (partial(FakeStep, 9.0), either),
+        "too large": (partial(FakeStep, 2.0, fits=False), either),
+        "missing": (unavailable, either),
+    }
+    fields = dict(zip(makers, suite.in_turn(FakeBenchmark(), makers, 3, apart="half"), strict=True))
+    assert fields["reference"]["recomputed"] is False and fields["same"]["recomputed"] is True
+    assert fields["same"]["rounds"] == fields["half"]["rounds"] == 3
+    assert fields["another loss"]["outcome"] == "refused, its loss is 2.1, and 2 was expected"
+    assert fields["too large"]["outcome"] == "out of memory"
+    assert fields["missing"]["outcome"] == "not measured: no such GPU"
+
+
+def test_without_the_reference_there_are_times_and_no_ratios():
+    makers = {"reference": (partial(FakeStep, 2.0, fits=False), (True,)), "ours": (partial(FakeStep, 2.0), (True,))}
+    reference, ours = suite.in_turn(FakeBenchmark(), makers, 2, apart="")
+    assert reference == {"outcome": "out of memory"}
+    assert ours["milliseconds"] == 1.0 and ours["reference_milliseconds"] is None
+
+
+def test_targets_are_told_apart():
+    names = [target.name for target in suite.targets()]
+    assert len(set(names)) == len(names) == 5
