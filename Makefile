@@ -21,21 +21,12 @@ bench-page: .venv/installed-test
 
 # For a machine with a GPU, torch, triton, transformers and pytest-benchmark, and without a network: nothing is
 # installed, and peers are measured where PYTHONPATH or the machine has them, real lengths where TRSD_BENCH_DATA names
-# their folder. Under nine minutes: the tests, then attention and training steps, then the loss in the time that is left.
-# Only files that hold GPU tests are collected, for others import what such a machine need not have.
-GPU_PYTHON = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
-GPU_BENCH = $(GPU_PYTHON) -m pytest --benchmark-only --benchmark-quiet
-LOSS_BENCH = bench/test_bench_linear_distill.py
+# their folder. Under nine minutes; SECONDS=... is another limit, ONLY=3,4 some of the stages, PYTHON=... another Python.
+SECONDS ?= 530
 gpu:
 	@$(PYTHON) -c 'import torch' 2>/dev/null || { echo "make gpu: $(PYTHON) has no torch (PYTHON=... takes another)"; exit 1; }
 	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu: torch finds no CUDA device")'
-	@status=0; end=$$(($$(date +%s) + 530)); \
-	$(GPU_PYTHON) -c 'import torch, triton; print(torch.cuda.get_device_name(), torch.__version__, triton.__version__)'; \
-	timeout --signal=INT 200 env $(GPU_PYTHON) -m pytest -m gpu $$(grep -l 'mark.gpu' tests/test_*.py) || status=$$?; \
-	TRSD_BENCH_SECONDS=130 timeout --signal=INT 180 env $(GPU_BENCH) bench/ --ignore=$(LOSS_BENCH) || status=$$?; \
-	left=$$((end - $$(date +%s))); \
-	TRSD_BENCH_SECONDS=$$((left - 70)) timeout --signal=INT $$left env $(GPU_BENCH) $(LOSS_BENCH) || status=$$?; \
-	exit $$status
+	PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m bench.run_all --seconds $(SECONDS) $(if $(ONLY),--only $(ONLY))
 
 # vLLM's build for machines without a GPU, in a venv of its own (3.6 GB), for it pins other versions than constraints.txt.
 # Its vision and audio packages are of another build of torch and cannot be imported.
