@@ -10,13 +10,11 @@ from torch import Tensor
 
 from bench import peers
 from bench.shapes import Inputs, Loss
-from trsd_kernels import DistillOptions, fused_linear_distillation
+from trsd_kernels import fused_linear_distillation
 from trsd_kernels.linear_ops import chunk_length
-from trsd_kernels.products import Head, add_product_, product
+from trsd_kernels.products import add_product_, product
 from trsd_kernels.teacher_targets import distill_from_vectors, teacher_vectors
-from trsd_kernels.token_plan import Needs, TokenPlan
 from trsd_kernels.torch_rows import row_chunks
-from trsd_kernels.vocab_plan import VocabSweep
 
 SMALL_CHUNK_BYTES = 2**28
 
@@ -32,8 +30,6 @@ class Contender:
     """What ``pip install`` takes to bring it along."""
     uncounted: bool = False
     """One opaque operation to ``LiveBytes``, so that its memory on a CPU is not known."""
-    countable: Callable[[Inputs, Loss], None] | None = None
-    """The same work with every operation in sight of ``LiveBytes``."""
     compiles: bool = False
     """Needs many seconds before it first runs."""
     needs_gpu: bool = False
@@ -42,20 +38,8 @@ class Contender:
     """The same computation not compiled, to be checked by; None: ``step`` itself."""
 
 
-def _heads(inputs: Inputs, loss: Loss) -> tuple[Head, Head | None]:
-    student_h, student_w, teacher_h, teacher_w, _ = inputs.positional()
-    return (
-        Head(student_h, student_w, inputs.student_lm_head_bias),
-        Head(teacher_h, teacher_w, inputs.teacher_lm_head_bias) if loss.alpha else None,
-    )
-
-
 def _chunk(inputs: Inputs, other: int) -> int:
     return chunk_length(other, torch.float32, inputs.labels.device, None)
-
-
-def _needs(inputs: Inputs) -> Needs:
-    return Needs(hidden_states=True, weight=inputs.head_is_trained, bias=False)
 
 
 def ours(plan: str, chunk_bytes: int | None = None) -> Callable[[Inputs, Loss], Callable[[], Tensor]]:
@@ -66,38 +50,6 @@ def ours(plan: str, chunk_bytes: int | None = None) -> Callable[[Inputs, Loss], 
         return lambda: fused_linear_distillation(*inputs.asked_for(loss), **keywords).loss
 
     return step
-
-
-@torch.no_grad()
-def _tokens_in_sight(inputs: Inputs, loss: Loss) -> None:
-    """Plan ``tokens`` without its dispatcher operation, in fp32."""
-    TokenPlan(
-        *_heads(inputs, loss),
-        inputs.labels,
-        torch.full(inputs.labels.shape, 1 / len(inputs.labels)),
-        None,
-        DistillOptions(**loss.options()),
-        _needs(inputs),
-        chunk=_chunk(inputs, inputs.student_lm_head_weight.shape[0]),
-        student_dtype=torch.float32,
-        teacher_dtype=torch.float32,
-    ).run()
-
-
-@torch.no_grad()
-def _vocab_in_sight(inputs: Inputs, loss: Loss) -> None:
-    """Plan ``vocab`` without its dispatcher operations, in fp32."""
-    sweep = VocabSweep(
-        *_heads(inputs, loss),
-        inputs.labels,
-        DistillOptions(**loss.options()),
-        chunk=_chunk(inputs, len(inputs.labels)),
-        student_dtype=torch.float32,
-        teacher_dtype=torch.float32,
-    )
-    state = sweep.state()
-    sweep.add_mixture(state)
-    sweep.gradients(state, torch.full((2, len(inputs.labels)), 1 / len(inputs.labels)), _needs(inputs))
 
 
 def ours_from_vectors(inputs: Inputs, loss: Loss) -> Callable[[], Tensor]:
@@ -175,10 +127,10 @@ def compiled_eager(inputs: Inputs, loss: Loss) -> Callable[[], Tensor]:
     return lambda: function(*inputs.asked_for(loss), loss)
 
 
-TOKENS = Contender("ours (tokens)", ours("tokens"), countable=_tokens_in_sight)
-VOCAB = Contender("ours (vocab)", ours("vocab"), countable=_vocab_in_sight)
-SMALL_VOCAB = Contender("ours (vocab, 256 MiB)", ours("vocab", SMALL_CHUNK_BYTES), uncounted=True)
-VECTORS = Contender("ours (cached vectors)", ours_from_vectors, uncounted=True)
+TOKENS = Contender("ours (tokens)", ours("tokens"))
+VOCAB = Contender("ours (vocab)", ours("vocab"))
+SMALL_VOCAB = Contender("ours (vocab, 256 MiB)", ours("vocab", SMALL_CHUNK_BYTES))
+VECTORS = Contender("ours (cached vectors)", ours_from_vectors)
 BARE_GEMMS = Contender("bare GEMMs", bare_gemms)
 EAGER = Contender("eager torch", eager)
 COMPILED = Contender("torch.compile", compiled_eager, uncounted=True, compiles=True, check=eager)

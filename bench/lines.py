@@ -6,6 +6,10 @@ from typing import Any, ClassVar
 from bench.record import GIB, shown
 
 
+def error_cell(error: float | None) -> str:
+    return "-" if error is None else f"{error:.0e}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class InTurnLine:
     """One contender of one setting, measured in turn with the setting's reference; what is unknown is None."""
@@ -130,7 +134,7 @@ class LossLine(InTurnLine):
             *self._memory_cells(3),
             shown(self.gradient_bytes and self.gradient_bytes / GIB, 3),
             shown(self.loss_value, 4),
-            "-" if self.error is None else f"{self.error:.0e}",
+            error_cell(self.error),
             str(self.rounds),
         )
 
@@ -139,10 +143,12 @@ class LossLine(InTurnLine):
 class AttentionLine(InTurnLine):
     """One contender's forward and backward of attention over one row; its peak includes output and gradients."""
 
-    columns: ClassVar = ("ms", "± %", "x ours", "TFLOP/s", "peak GiB", "x ours", "tokens", "rounds")
+    columns: ClassVar = ("ms", "± %", "x ours", "TFLOP/s", "peak GiB", "x ours", "off by", "tokens", "rounds")
 
     visible_pairs: int
     """Pairs of a query and a key it sees, per head; ``flops`` are those of the visible pairs alone."""
+    error: float | None = None
+    """The worst relative error of output and gradients against float64, at a small size in this dtype."""
 
     def cells(self) -> tuple[str, ...]:
         """A cell per column."""
@@ -150,6 +156,7 @@ class AttentionLine(InTurnLine):
             *self._time_cells(3),
             shown(self.tflops_per_second, 3 if (self.tflops_per_second or 0) < 10 else 0),
             *self._memory_cells(4),
+            error_cell(self.error),
             str(self.num_tokens),
             str(self.rounds),
         )

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench.contenders import BARE_GEMMS, Contender
+from bench.in_sight import ops_in_sight
 from bench.record import Line, Results
 from bench.shapes import Inputs, Loss
 from trsd.live_bytes import LiveBytes
@@ -82,7 +83,7 @@ class Rounds:
         return torch.cuda.max_memory_allocated() - before
 
     def _peak_bytes_on_a_cpu(self) -> int | None:
-        with LiveBytes() as memory:
+        with ops_in_sight(), LiveBytes() as memory:
             self.work()
         return memory.peak
 
@@ -134,14 +135,7 @@ class Run(Rounds):
             tensor.grad = None
 
     def _peak_bytes_on_a_cpu(self) -> int | None:
-        if self.contender.countable is None and not self.contender.uncounted:
-            return super()._peak_bytes_on_a_cpu()
-        self.forward_and_backward()
-        if self.contender.countable is None:
-            return None
-        with LiveBytes() as memory:
-            self.contender.countable(self.inputs, self.loss)
-        return memory.peak
+        return None if self.contender.uncounted else super()._peak_bytes_on_a_cpu()
 
 
 def compare(

@@ -34,15 +34,18 @@ with a GPU, `make gpu`. Two results files are compared by `python -m bench.compa
 - A contender and its reference run in alternating order in one process, so that a machine that gets faster or slower
   moves both. A column **x ...** is the ratio to that reference: the first one of time, the second one of peak memory.
 - **Peak memory**: on a GPU the most that torch's allocator had handed out; on a CPU the live tensors, counted at every
-  operation, without what is inside single operations. Each suite says what it counts. A dash is what was not measured
-  or cannot be known.
-- **off by** is the worst relative error of loss and gradients against float64, at a small size in the same dtype.
+  operation, those inside the fused losses included. Each suite says what it counts. A dash is what was not measured or
+  cannot be known.
+- **off by** is the worst relative error of loss or output and of gradients against float64, at a small size in the
+  same dtype. What is further off than its precision explains is refused, and not timed.
 - "out of memory" is a result. What was not measured is listed with its reason.
 """
 EXPLANATIONS = {
     "training": "A whole step: teacher, student, loss, backward, clipping, optimizer. f is the fraction of each "
-    "sequence that is kept, and `x LSP` is against the reference of the same fraction. The peak is all that is live; "
-    "`planned GiB` is what `trsd.plan` predicts. MFU counts the models' operations, not those run again for memory.",
+    "sequence that is kept; `x reference` is against the first line of the same fraction. The peak is all that the "
+    "contender would hold by itself; `plan GiB` and `plan ms` are "
+    "what `trsd.plan` predicts, the latter as a floor. `recomputed`: activations were made again in the backward pass. "
+    "MFU counts the models' operations, not those run again, against the maker's peak or, on a CPU, a large product's.",
     "trsd_step": "The student's part of a step. `x ours` is against branches, or against packed rows. The peak is "
     "beyond weights, gradients and inputs. A fill rate is the share of the rows' places that hold tokens.",
     "linear_distill": "The distillation loss alone, from hidden states to gradients. `x GEMMs` is against the bare "

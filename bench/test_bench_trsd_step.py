@@ -2,7 +2,7 @@
 
 On a GPU with random weights of Qwen3's 1.7B and 4B shapes in bf16, on a CPU with the bundled reasoner in fp32. What is
 compared runs in turn, on the same answers, and must come to the same loss. The memory of a step is what it takes beyond
-weights, gradients and inputs; on a CPU without what is inside single operations.
+weights, gradients and inputs.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -2,8 +2,7 @@
 
 Student, optimizer and teacher are built once and lent to every contender, so that contenders can run in turn on one
 GPU; their learning rate is 0, so that nobody changes what the others find. A contender's peak is what it would hold by
-itself: its own share of the weights, and all that its step makes. On a CPU live tensors are counted, what is inside
-single operations left out.
+itself: its own share of the weights, and all that its step makes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,6 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.attention import even_cuts
-from bench.in_sight import ops_in_sight
 from bench.lsp_reference import PAD_TO, LSPReference
 from bench.measure import NotMeasured, Rounds
 from bench.step_settings import THINK, random_trace
@@ -118,8 +116,7 @@ class TrainingStep(Rounds):
 
     def peak_bytes(self) -> int | None:
         """All that the contender holds at its fullest."""
-        with ops_in_sight():
-            peak = super().peak_bytes()
+        peak = super().peak_bytes()
         return None if peak is None else peak + self.held + self.shared.held_by_training()
 
 

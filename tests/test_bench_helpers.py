@@ -37,6 +37,7 @@ from bench.student_step import (
 )
 from trsd.batching import pack_examples
 from trsd.models import PACKED_ATTENTION
+from trsd_kernels import varlen_attention
 
 
 def test_ratios_and_paths(monkeypatch, tmp_path):
@@ -291,3 +292,24 @@ def found_tiling(found, kernel):
     from trsd_kernels.attention_tiles import Tiling
 
     return Tiling(*next(each.tiling for each in found if each.kernel == kernel))
+
+
+def test_attention_is_checked_before_it_is_timed(monkeypatch):
+    from bench import attention
+
+    check = dict(device="cpu", dtype=torch.float32)
+    for with_branches, separate in ((False, False), (True, False), (True, True)):
+        error = attention.worst_error(
+            Contender("sdpa", separate), Heads(4, 2, 32), with_branches=with_branches, **check
+        )
+        assert 0 < error < 1e-6
+
+    def wrong(query, key, value, *, layout, backend):
+        out = varlen_attention(query, key, value, layout=layout, backend=backend)
+        return out if query.dtype == torch.float64 else out + 0.01 * value.repeat_interleave(2, 1)
+
+    monkeypatch.setattr(attention, "varlen_attention", wrong)
+    attention.worst_error.cache_clear()
+    with pytest.raises(NotMeasured, match=r"refused, its output is .* off float64's"):
+        attention.worst_error(Contender("sdpa"), Heads(4, 2, 32), with_branches=False, **check)
+    attention.worst_error.cache_clear()
