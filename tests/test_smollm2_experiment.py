@@ -4,7 +4,6 @@ import json
 import sys
 
 import pytest
-import tyro
 
 from trsd.demo import smollm2_experiment as experiment
 from trsd.demo.gsm_traces import TraceArguments
@@ -12,10 +11,10 @@ from trsd.demo.smollm2_experiment import SIZES, ExperimentArguments, Stage, run_
 from trsd.demo.smollm2_results import baseline_table, comparison, write_results
 from trsd.errors import InputError
 from trsd.evaluate import EvaluateArguments
+from trsd.flags import parse_flags
 from trsd.generate import GenerateArguments
 from trsd.recipe_file import parse_recipe
 
-CONFIG = (tyro.conf.FlagConversionOff,)
 COMMANDS = {
     "trsd.demo.gsm_traces": TraceArguments,
     "trsd.generate": GenerateArguments,
@@ -45,7 +44,7 @@ def test_every_command_of_the_experiment_parses(size, gsm8k, tmp_path):
             assert recipe.method == ("sft" if stage.name == "reasoner" else "trsd")
         elif module in COMMANDS:
             words = ["100" if word == "MEDIAN" else word for word in words]
-            tyro.cli(COMMANDS[module], args=words, use_underscores=True, config=CONFIG)
+            parse_flags(COMMANDS[module], words, prog=module)
     assert [seen.count(name) for name in ("trsd.demo.smollm2", "trsd.train", "trsd.generate", "trsd.evaluate")] == [
         *(1, 2, 1, 5)
     ]
