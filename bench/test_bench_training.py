@@ -53,12 +53,17 @@ def shared(request: pytest.FixtureRequest, one_thread: None) -> Iterator[Callabl
     forget()
     quieten_transformers()
     built: list[Shared] = []
+    too_large: list[bool] = []
 
     def get() -> Shared:
+        if too_large:
+            raise torch.OutOfMemoryError("the models do not fit")
         if not built:
             setting = request.param
+            too_large.append(True)  # until they are there
             names = (setting.student, setting.teacher) if isinstance(setting, Pair) else (setting.model, None)
             built.append(Shared(*names, DEVICE))
+            too_large.clear()
         return built[0]
 
     yield get
@@ -79,8 +84,10 @@ def ready(make: Callable[..., TrainingStep], choices: Sequence[bool]) -> tuple[T
         except NotMeasured as error:
             return None, dict(outcome=f"not measured: {error}")
         except torch.OutOfMemoryError:
-            del step
-            forget()
+            if step is not None:
+                step.clean_up()  # gradients of a backward that was cut short
+        del step
+        forget()
     return None, dict(outcome="out of memory")
 
 

@@ -54,6 +54,10 @@ class Shared:
         self.optimizer = build_optimizer(self.student, learning_rate=0.0, weight_decay=0.0)
         self.weights = WorkingWeights(self.student, torch.bfloat16 if self.on_gpu else None)
         self._fp8: PreTrainedModel | None = None
+        for parameter in self.student.parameters():  # so that the optimizer's state is there before any step
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     @property
     def reading_dtype(self) -> torch.dtype:

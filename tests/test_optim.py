@@ -46,3 +46,20 @@ def test_only_matrices_decay():
     assert decays[id(model[0].bias)] == decays[id(model[1].weight)] == 0.0
     set_learning_rate(optimizer, 0.25)
     assert {group["lr"] for group in optimizer.param_groups} == {0.25}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_restored_step_counter_lies_where_the_optimizer_looks_for_it(fused):
+    from trsd.checkpoint import optimizer_tensors, restore_optimizer
+
+    with torch.device("meta"):  # stands for a GPU
+        there = torch.nn.Linear(2, 3)
+    here = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(here.parameters())
+    here(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    other = torch.optim.AdamW(there.parameters())
+    other.param_groups[0]["fused"] = fused
+    restore_optimizer(there, other, optimizer_tensors(here, optimizer))
+    state = other.state[there.weight]
+    assert state["exp_avg"].device.type == "meta" and state["step"].device.type == ("meta" if fused else "cpu")

@@ -159,6 +159,9 @@ class FakeStep:
     def once(self):
         self.seconds.append(1.0)
 
+    def clean_up(self):
+        self.cleaned = True
+
 
 class FakeBenchmark:
     def pedantic(self, work, *, setup, rounds):

@@ -89,13 +89,15 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Undo ``optimizer_tensors``; raises when the names or shapes are not this model's."""
     parameters = dict(model.named_parameters())
+    fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
     for key, value in tensors.items():
         entry, _, name = key.partition("/")
         if name not in parameters or (value.ndim and value.shape != parameters[name].shape):
             raise ValueError(f"the checkpoint's optimizer state {key} fits no parameter of this model")
         parameter = parameters[name]
-        # AdamW keeps its step counter on the CPU and its moments beside the parameter.
-        optimizer.state[parameter][entry] = value.to(parameter.device) if value.ndim else value
+        # AdamW keeps its moments beside the parameter, and its step counter on the CPU unless it is one fused kernel.
+        beside = value.ndim or id(parameter) in fused
+        optimizer.state[parameter][entry] = value.to(parameter.device) if beside else value
 
 
 def random_state() -> dict[str, Tensor]:
