@@ -45,6 +45,7 @@ setup(
     extras_require={
         "test": TEST,
         "bench": ["pytest>=8", "pytest-benchmark>=5"],
+        "peers": ["trl>=1.16", "liger-kernel>=0.8.5", "fla-core>=0.6", "cut-cross-entropy>=25.1"],
         "eval": EVAL,
         "analysis": ANALYSIS,
         "lm-eval": ["lm_eval[hf]>=0.4.13", *EVAL],

@@ -63,11 +63,12 @@ def _headline(plan: Plan) -> str:
     learns = f" from {teacher} ({recipe.teacher})" if recipe.alpha else ""
     memory = "" if device.memory is None else f" of {device.memory / GIB:.1f} GiB"
     prompt, reasoning, answer = plan.lengths
+    rows = f"{cost.num_rows} row{'s' if cost.num_rows > 1 else ''} of at most {recipe.max_tokens_per_batch:,}"
     return (
         f"{recipe.method}: {recipe.model_name_or_path}{learns}, {plan.gpus} x {device.name}{memory}\n"
-        f"a step: {recipe.train_batch_size} traces of {prompt} + {reasoning} + {answer} tokens (prompt, reasoning, "
-        f"answer), of which {cost.num_tokens:,} tokens run and {cost.supervised_tokens:,} are learnt, in "
-        f"{cost.num_rows} row{'s' if cost.num_rows > 1 else ''} of at most {recipe.max_tokens_per_batch:,}"
+        f"a step: {recipe.train_batch_size} traces of {prompt} + {reasoning} + {answer} tokens "
+        "(prompt, reasoning, answer)"
+        f"\n        {cost.num_tokens:,} tokens run and {cost.supervised_tokens:,} are learnt, in {rows}"
     )
 
 
@@ -88,14 +89,15 @@ def _memory(plan: Plan) -> str:
 
 def _time(plan: Plan) -> str:
     cost, device = plan.cost, plan.ceilings
-    lines = [f"{'a step, by what takes the time':<46}{'TFLOP':>10}{'s at least':>12}"]
+    lines = [f"{'a step, by what takes the time':<50}{'TFLOP':>10}{'s at least':>12}"]
     for name, seconds in sorted(cost.seconds.items(), key=lambda item: -item[1]):
         if seconds:
-            lines.append(f"  {name:<44}{cost.flops.get(name, 0) / 1e12:>10.2f}{seconds:>12.3f}")
+            lines.append(f"  {name:<48}{cost.flops.get(name, 0) / 1e12:>10.2f}{seconds:>12.3f}")
     flops, seconds = sum(cost.flops.values()), sum(cost.seconds.values())
-    lines.append(f"  {'together':<44}{flops / 1e12:>10.2f}{seconds:>12.3f}")
+    lines.append(f"  {'together':<48}{flops / 1e12:>10.2f}{seconds:>12.3f}")
     rate = f"{device.products / 1e12:.4g} TFLOP/s and {device.copies / 1e12:.3g} TB/s"
-    lines.append(f"at the ceilings of {rate} ({plan.source}), each operation by itself: no step is faster")
+    lines.append(f"no step is faster: each operation by itself, at {rate}")
+    lines.append(f"({device.name}, {plan.source})")
     per_epoch = seconds * plan.num_traces / cost.num_traces / plan.gpus
     lines.append(f"an epoch of {plan.num_traces:,} traces: at least {_duration(per_epoch)}")
     return "\n".join(lines)
