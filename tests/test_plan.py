@@ -6,6 +6,7 @@ import pytest
 from conftest import refusal
 
 from trsd import plan
+from trsd.model_shapes import config_of
 from trsd.plan_report import GIB, Plan
 from trsd.planning import alternatives, planned_traces, shared_lengths, together
 from trsd.recipe import Recipe
@@ -120,3 +121,16 @@ def test_a_device_without_known_memory_fits_nothing_and_refuses_nothing():
     found = make_plan(*SMALL, "--gpu", "cpu")
     assert isinstance(found, Plan) and found.fits(found.cost) is None
     assert all(len(change) == 1 for change, _ in found.alternatives)
+
+
+def test_names_and_flags_are_taken_as_people_spell_them(capsys):
+    arguments, recipe = plan.parse(["--model", "qwen/qwen3-4b", "--gpu-memory=24", "--max-length", "1024"])
+    assert arguments.gpu_memory == 24 and recipe.max_length == 1024
+    assert config_of(recipe.model_name_or_path).hidden_size == 2560
+    assert "did you mean Qwen3-" in refusal(capsys, lambda: plan.main(["--model", "Qwen3-7B"]))
+
+
+def test_a_large_model_is_planned_for_a_gpu_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(plan.torch.cuda, "is_available", lambda: False)
+    named, bundled = (plan.ceilings_of(plan.PlanArguments(), bundled=flag)[0] for flag in (False, True))
+    assert (named.name, bundled.name) == (plan.DEFAULT_GPU, "CPU")

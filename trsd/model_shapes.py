@@ -3,6 +3,8 @@
 The shapes are those of the models' published config files; tests hold their parameter counts.
 """
 
+import difflib
+
 from transformers import AutoConfig, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from trsd.errors import InputError
@@ -79,9 +81,15 @@ def config_of(name_or_path: str) -> PreTrainedConfig:
         InputError: neither a known name nor a model that can be had, with the names that are known.
     """
     name = name_or_path.rsplit("/", 1)[-1].removesuffix("-Base").removesuffix("-Instruct")
-    if name in SHAPES:
-        return SHAPES[name]()
+    known = {shape.lower(): shape for shape in SHAPES}
+    if name.lower() in known:
+        return SHAPES[known[name.lower()]]()
     try:
         return AutoConfig.from_pretrained(model_folder(name_or_path))
     except (OSError, ValueError) as error:
-        raise InputError(f"{name_or_path}: no known shape ({', '.join(SHAPES)}), and no model ({error})") from error
+        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.7)
+        hint = f"did you mean {known[near[0]]}? " if near else ""
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{name_or_path}: {hint}no known shape ({', '.join(SHAPES)}), and no model: {reason}"
+        ) from error

@@ -49,7 +49,7 @@ class PlanArguments:
     gpus: int = 1
     """GPUs that share weights, gradients and optimizer state (full sharding)."""
     gpu: str | None = None
-    """The GPU, such as H200; "cpu" for a CPU; left out, the one at hand, or an H100."""
+    """The GPU, such as H200; "cpu" for a CPU; left out, the one at hand, else an H100 (a CPU for bundled models)."""
     gpu_memory: float | None = None
     """GiB of one GPU; left out, what the GPU has."""
     num_traces: int = 1000
@@ -85,7 +85,7 @@ class PlanArguments:
 
 def parse(argv: Sequence[str] | None) -> tuple[PlanArguments, Recipe]:
     """The plan's own flags, and a recipe from the rest."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     names = [f"--{entry.name}" for entry in fields(PlanArguments)]
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
@@ -108,11 +108,16 @@ def parse(argv: Sequence[str] | None) -> tuple[PlanArguments, Recipe]:
     return arguments, recipe
 
 
-def ceilings_of(arguments: PlanArguments) -> tuple[Ceilings, str]:
-    """(what the device can do, where that is from)."""
-    if arguments.gpu == "cpu" or (
-        arguments.gpu is None and arguments.gpu_memory is None and not torch.cuda.is_available()
-    ):
+def _underscored(word: str) -> str:
+    """A flag as it is spelled here; both spellings are taken, as in training."""
+    name, equals, value = word.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+def ceilings_of(arguments: PlanArguments, *, bundled: bool) -> tuple[Ceilings, str]:
+    """(what the device can do, where that is from); a ``bundled`` model is for a CPU where there is no GPU."""
+    nothing_said = arguments.gpu is None and arguments.gpu_memory is None
+    if arguments.gpu == "cpu" or (bundled and nothing_said and not torch.cuda.is_available()):
         found, source = measure("cpu"), "measured here"
     elif arguments.gpu is None and torch.cuda.is_available():
         found, source = measure("cuda"), "measured here"
@@ -133,7 +138,7 @@ def run(arguments: PlanArguments, recipe: Recipe) -> Plan:
             f"prompt, reasoning and answer of {lengths[0]} + {lengths[1]} + {lengths[2]} tokens are longer than "
             f"max_length {recipe.max_length}: raise it, or shorten them"
         )
-    ceilings, source = ceilings_of(arguments)
+    ceilings, source = ceilings_of(arguments, bundled=recipe.model_name_or_path.startswith("bundled:"))
     target = "cpu" if ceilings.name == "CPU" else "cuda"
     traces = planned_traces(recipe.train_batch_size, lengths)
     plan = Plan(

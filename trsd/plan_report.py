@@ -63,20 +63,26 @@ def _headline(plan: Plan) -> str:
     learns = f" from {teacher} ({recipe.teacher})" if recipe.alpha else ""
     memory = "" if device.memory is None else f" of {device.memory / GIB:.1f} GiB"
     prompt, reasoning, answer = plan.lengths
-    rows = f"{cost.num_rows} row{'s' if cost.num_rows > 1 else ''} of at most {recipe.max_tokens_per_batch:,}"
+    rows = f"{_counted(cost.num_rows, 'row')} of at most {recipe.max_tokens_per_batch:,}"
     return (
         f"{recipe.method}: {recipe.model_name_or_path}{learns}, {plan.gpus} x {device.name}{memory}\n"
-        f"a step: {recipe.train_batch_size} traces of {prompt} + {reasoning} + {answer} tokens "
+        f"a step: {_counted(recipe.train_batch_size, 'trace')} of {prompt} + {reasoning} + {answer} tokens "
         "(prompt, reasoning, answer)"
         f"\n        {cost.num_tokens:,} tokens run and {cost.supervised_tokens:,} are learnt, in {rows}"
     )
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("s" if count > 1 else "")
+
+
 def _memory(plan: Plan) -> str:
-    rows = [(name, size / GIB) for name, size in plan.held(plan.cost).items() if size]
+    rows = [(name, size) for name, size in plan.held(plan.cost).items() if size]
     rows.append(("peak of live tensors", sum(size for _, size in rows)))
+    unit, scale = ("GiB", GIB) if rows[-1][1] >= GIB else ("MiB", 2**20)
+    rows = [(name, size / scale) for name, size in rows]
     needed, fits = plan.needed(plan.cost) / GIB, plan.fits(plan.cost)
-    text = _table("memory of one device at its fullest", "GiB", rows, digits=2)
+    text = _table("memory of one device at its fullest", unit, rows, digits=2)
     if fits is None:
         return text
     memory = plan.ceilings.memory / GIB
