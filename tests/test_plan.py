@@ -4,6 +4,7 @@ import re
 
 import pytest
 from conftest import refusal
+from transformers import GptOssConfig, Qwen3MoeConfig
 
 from trsd import plan
 from trsd.model_shapes import config_of
@@ -134,3 +135,16 @@ def test_a_large_model_is_planned_for_a_gpu_where_there_is_none(monkeypatch):
     monkeypatch.setattr(plan.torch.cuda, "is_available", lambda: False)
     named, bundled = (plan.ceilings_of(plan.PlanArguments(), bundled=flag)[0] for flag in (False, True))
     assert (named.name, bundled.name) == (plan.DEFAULT_GPU, "CPU")
+
+
+def test_models_that_cannot_be_planned_say_why(tmp_path, capsys):
+    shape = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    shape |= dict(num_key_value_heads=1, head_dim=16)
+    GptOssConfig(**shape, num_local_experts=2, num_experts_per_tok=1).save_pretrained(tmp_path / "sinks")
+    Qwen3MoeConfig(**shape, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16).save_pretrained(
+        tmp_path / "moe"
+    )
+    words = ["--max_length", "64", "--max_tokens_per_batch", "64", "--train_batch_size", "1", "--model"]
+    assert "choose another architecture" in refusal(capsys, lambda: plan.main([*words, str(tmp_path / "sinks")]))
+    said = refusal(capsys, lambda: plan.main([*words, str(tmp_path / "moe"), "--gpu", "cpu"]))
+    assert "its layers cannot be planned for cpu" in said

@@ -5,6 +5,7 @@ from typing import Any
 
 from trsd.ceilings import Ceilings
 from trsd.cuts import build_policy
+from trsd.errors import InputError
 from trsd.methods import Method
 from trsd.methods.lsp import LSP
 from trsd.methods.trsd import TRSD
@@ -77,7 +78,11 @@ def placement_of(recipe: Recipe, *, target: str) -> MetaPlacement:
 
 def step_cost(recipe: Recipe, traces: Sequence[Trace], ceilings: Ceilings, *, target: str) -> StepCost:
     """What a step of ``recipe`` takes that learns from these traces."""
-    return simulate_step(placement_of(recipe, target=target), planned_method(recipe, traces), ceilings)
+    try:
+        return simulate_step(placement_of(recipe, target=target), planned_method(recipe, traces), ceilings)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{recipe.model_name_or_path}: its layers cannot be planned for {target}: {reason}") from error
 
 
 def alternatives(recipe: Recipe, *, target: str) -> list[dict[str, Any]]:

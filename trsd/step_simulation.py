@@ -19,10 +19,12 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from trsd.adapters import add_adapter
 from trsd.batching import pack_examples
 from trsd.ceilings import Ceilings
+from trsd.errors import InputError
 from trsd.fp8 import to_fp8
 from trsd.loop import Loop
 from trsd.loop_meter import ACTIVATIONS, LOSS_WORK, LoopMeter
 from trsd.methods import Method, TeacherExamples
+from trsd.models import refuse_unsupported
 from trsd.placement import Placement
 from trsd.recipe import ONLINE
 from trsd.step_meter import ATTENTION, OPTIMIZER, TEACHER, StepMeter
@@ -65,6 +67,7 @@ def build_on_meta(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """A model of ``config`` without content."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    refuse_unsupported(model)
     model.set_attn_implementation(SIMULATED_ATTENTION)
     return model
 
@@ -289,9 +292,12 @@ def _simulated_attention(
     packed_layout: PackedLayout,
     attention_backend: str,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface; [1, num_tokens, num_heads, head_dim]."""
+    if s_aux is not None:
+        raise InputError("packed attention has no sink logits: choose another architecture")
     flat = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     lengths, cuts = packed_layout.lengths, packed_layout.cuts
     pairs = int((lengths * cuts + lengths * (lengths + 1) // 2).sum())
