@@ -103,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything together")
     parser.add_argument("--only", help=f"numbers of stages, such as 2,3: {', '.join(s.name for s in every)}")
     arguments = parser.parse_args(argv)
+    if not 0 < arguments.seconds < float("inf"):
+        parser.error(f"--seconds: expected more than 0, got {arguments.seconds}")
     chosen = every
     if arguments.only:
         numbers = arguments.only.split(",")

@@ -92,3 +92,10 @@ def test_the_exit_code_says_whether_all_passed(calls, monkeypatch, tmp_path):
             run_all.main(["--only", only])
         assert exit_.value.code == code
         calls.clear()
+
+
+@pytest.mark.parametrize("seconds", ["nan", "0", "-3", "inf"])
+def test_a_limit_that_is_none_is_refused(seconds, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run_all.main(["--seconds", seconds])
+    assert exit_.value.code == 2 and "--seconds" in capsys.readouterr().err
