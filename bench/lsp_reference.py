@@ -91,7 +91,7 @@ class LSPReference:
         """Equation (1) of one sequence."""
         student, teacher = student_logits[:, :-1].float(), teacher_logits[:, :-1].float()
         labels = row.input_ids[:, 1:]
-        hard = F.cross_entropy(student.transpose(1, 2), labels, reduction="none")
+        hard = F.cross_entropy(student.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
         p = torch.softmax(teacher / self.temperature, -1)
         soft = -(p * torch.log_softmax(student / self.temperature, -1)).sum(-1)
         per_token = (1 - self.alpha) * hard + self.alpha * self.temperature**2 * soft
