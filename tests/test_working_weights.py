@@ -43,7 +43,11 @@ def test_gradients_are_those_of_a_bf16_model_added_up_in_fp32(tokenizer, checkpo
     assert got.keys() == wanted[0].keys() and len(got) > 10
     for name, gradient in got.items():
         assert gradient.dtype == torch.float32
-        assert torch.equal(gradient, wanted[0][name].float() + wanted[1][name].float())
+        exact = wanted[0][name].float() + wanted[1][name].float()
+        if "embed" in name:  # summed in fp32 here and in bf16 there
+            assert (gradient - exact).norm() < 2e-2 * exact.norm()
+        else:
+            assert torch.equal(gradient, exact)
 
 
 def test_activations_are_bf16_and_the_weights_come_back(tokenizer):
@@ -55,7 +59,20 @@ def test_activations_are_bf16_and_the_weights_come_back(tokenizer):
         assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
         raise RuntimeError("stop")
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
-    assert weights.num_bytes == 2 * sum(parameter.numel() for parameter in before.values())
+    assert weights.num_bytes == 2 * sum(p.numel() for name, p in before.items() if "embed" not in name)
+
+
+def test_a_frequent_tokens_gradient_is_summed_in_fp32(tokenizer):
+    def gradient(dtype):
+        model = make_tiny_model(tokenizer)
+        ids = torch.full((3000,), 7)
+        with WorkingWeights(model, dtype).in_use():
+            out = model.get_input_embeddings()(ids)
+            (out * torch.linspace(0.5, 1.0, 3000)[:, None].to(out.dtype)).sum().backward()
+        return gradients(model)["model.embed_tokens.weight"][7]
+
+    exact = gradient(None)
+    assert (gradient(torch.bfloat16) - exact).norm() < 2e-3 * exact.norm()
 
 
 def test_copies_follow_the_weights_when_they_are_told(tokenizer):

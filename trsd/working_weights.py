@@ -3,24 +3,31 @@
 While the copies are in use every activation is bf16, as in a model that is loaded in bf16; autocast over fp32 weights
 would keep embeddings, norms and the residual stream in fp32. A copy's gradient is added to its parameter's in fp32 as
 soon as it is whole, and freed: no second set of gradients is held. Memory: 2 bytes a parameter beside the weights.
+
+Embeddings and lm_head have no copies: a frequent token's gradient is a sum of many, which bf16 would lose, and the loss
+takes the fp32 head. What the embeddings give out is rounded instead.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 class WorkingWeights:
     """Copies in ``dtype`` of the fp32 parameters of ``model``; without ``dtype`` the parameters themselves work."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
         self._slots: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         copies: dict[Tensor, Tensor] = {}
+        self._dtype, self._embeddings = dtype, model.get_input_embeddings()
+        kept = {id(layer.weight) for layer in (self._embeddings, model.get_output_embeddings())}
         for module in model.modules() if dtype else ():
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter.dtype != torch.float32:
+                if parameter.dtype != torch.float32 or id(parameter) in kept:
                     continue
                 if parameter not in copies:  # tied weights share one
                     copies[parameter] = _copy(parameter, dtype)
@@ -37,11 +44,16 @@ class WorkingWeights:
         """Inside, forward and backward run on the copies; both belong inside, for activations may be recomputed."""
         for module, name, _, copy in self._slots:
             module._parameters[name] = copy
+        hook = self._embeddings.register_forward_hook(self._rounded)
         try:
             yield
         finally:
+            hook.remove()
             for module, name, parameter, _ in self._slots:
                 module._parameters[name] = parameter
+
+    def _rounded(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output if self._dtype is None else output.to(self._dtype)
 
     @torch.no_grad()
     def refresh(self) -> None:
