@@ -145,6 +145,15 @@ def test_models_that_cannot_be_planned_say_why(tmp_path, capsys):
         tmp_path / "moe"
     )
     words = ["--max_length", "64", "--max_tokens_per_batch", "64", "--train_batch_size", "1", "--model"]
-    assert "choose another architecture" in refusal(capsys, lambda: plan.main([*words, str(tmp_path / "sinks")]))
-    said = refusal(capsys, lambda: plan.main([*words, str(tmp_path / "moe"), "--gpu", "cpu"]))
-    assert "its layers cannot be planned for cpu" in said
+    for name in ("sinks", "moe"):
+        assert "experts" in refusal(capsys, lambda name=name: plan.main([*words, str(tmp_path / name)]))
+
+
+def test_a_cut_that_leaves_no_label_says_so(capsys):
+    flags = ["--method", "sft", "--loss_sections", "a", "--keep_fraction", "0.5"]
+    assert "no token to learn is left by the cut" in refusal(capsys, lambda: plan.main([*SMALL, *flags]))
+
+
+def test_a_folder_is_read_whatever_it_is_called(tmp_path, tiny_folder):
+    named = tiny_folder.rename(tmp_path / "Qwen3-8B")
+    assert config_of(str(named)).hidden_size == 64

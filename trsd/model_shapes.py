@@ -4,6 +4,7 @@ The shapes are those of the models' published config files; tests hold their par
 """
 
 import difflib
+from pathlib import Path
 
 from transformers import AutoConfig, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config
 
@@ -80,9 +81,11 @@ def config_of(name_or_path: str) -> PreTrainedConfig:
     Raises:
         InputError: neither a known name nor a model that can be had, with the names that are known.
     """
-    name = name_or_path.rsplit("/", 1)[-1].removesuffix("-Base").removesuffix("-Instruct")
+    name = name_or_path.rsplit("/", 1)[-1]
+    for suffix in ("-base", "-instruct"):
+        name = name[: -len(suffix)] if name.lower().endswith(suffix) else name
     known = {shape.lower(): shape for shape in SHAPES}
-    if name.lower() in known:
+    if name.lower() in known and not Path(name_or_path).is_dir():
         return SHAPES[known[name.lower()]]()
     try:
         return AutoConfig.from_pretrained(model_folder(name_or_path))

@@ -78,11 +78,19 @@ def placement_of(recipe: Recipe, *, target: str) -> MetaPlacement:
 
 def step_cost(recipe: Recipe, traces: Sequence[Trace], ceilings: Ceilings, *, target: str) -> StepCost:
     """What a step of ``recipe`` takes that learns from these traces."""
+    placement = placement_of(recipe, target=target)
+    for config in (placement.student_config, placement.teacher_config):
+        if getattr(config.get_text_config(), "num_experts", 0) or getattr(config, "num_local_experts", 0):
+            raise InputError(
+                f"{config.model_type}: which experts run is not known without content: it cannot be planned"
+            )
     try:
-        return simulate_step(placement_of(recipe, target=target), planned_method(recipe, traces), ceilings)
-    except RuntimeError as error:
+        return simulate_step(placement, planned_method(recipe, traces), ceilings)
+    except (RuntimeError, ValueError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{recipe.model_name_or_path}: its layers cannot be planned for {target}: {reason}") from error
+        raise InputError(f"{recipe.model_name_or_path}: it cannot be planned: {reason}") from error
 
 
 def alternatives(recipe: Recipe, *, target: str) -> list[dict[str, Any]]:
