@@ -20,6 +20,7 @@ def small_qwen3(hidden_size: int, num_layers: int) -> Qwen3Config:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
+        initializer_range=0.1,  # so that distributions are far enough from uniform for a wrong loss to show
         tie_word_embeddings=True,
         use_cache=False,
     )

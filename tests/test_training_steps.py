@@ -13,6 +13,7 @@ from bench.predict import ours_forms, planned_ours, planned_reference, predictio
 from bench.training import BranchSteps, PairSteps, Shared
 from bench.training_settings import CPU_PAIRS, GPU_PAIRS, Branches, Pair
 from trsd.ceilings import Ceilings, known
+from trsd_kernels import FusedLinearDistillation
 
 PAIR = Pair("small teacher", "small student", 50, 2, (0.5, 1.0))
 CPU = Ceilings(name="CPU", products=1e11, copies=1e10, memory=None)
@@ -150,6 +151,7 @@ class FakeStep:
 
     def __init__(self, loss, *, recomputed, fits=True):
         self.loss, self.norm, self.fits, self.recomputed, self.seconds = loss, 1.0, fits, recomputed, []
+        self.gradient = torch.ones(3)
 
     def peak_bytes(self):
         if self.fits is False or (self.fits == "recomputed" and not self.recomputed):
@@ -170,6 +172,10 @@ class FakeBenchmark:
             work()
 
 
+def broken(**_):
+    raise RuntimeError("no kernel")
+
+
 def unavailable(**_):
     raise NotMeasured("no such GPU")
 
@@ -183,6 +189,7 @@ def test_contenders_fall_back_are_refused_or_left_out_each_by_itself():
         "half": (partial(FakeStep, 9.0), either),
         "too large": (partial(FakeStep, 2.0, fits=False), either),
         "missing": (unavailable, either),
+        "broken": (broken, either),
     }
     fields = dict(zip(makers, suite.in_turn(FakeBenchmark(), makers, 3, apart="half"), strict=True))
     assert fields["reference"]["recomputed"] is False and fields["same"]["recomputed"] is True
@@ -190,11 +197,32 @@ def test_contenders_fall_back_are_refused_or_left_out_each_by_itself():
     assert fields["another loss"]["outcome"] == "refused, its loss is 2.1, and 2 was expected"
     assert fields["too large"]["outcome"] == "out of memory"
     assert fields["missing"]["outcome"] == "not measured: no such GPU"
+    assert fields["broken"]["outcome"] == "failed: RuntimeError: 'no kernel'"
+
+
+def test_what_nothing_can_be_held_against_is_not_timed():
+    makers = {"reference": (partial(FakeStep, 2.0, fits=False), (True,)), "ours": (partial(FakeStep, 2.0), (True,))}
+    _, ours = suite.in_turn(FakeBenchmark(), makers, 2, apart="")
+    assert ours == {"outcome": "refused, there is nothing to hold it against"}
+
+
+@pytest.mark.parametrize("change", [dict(divergence="reverse_kl"), dict(temperature=1.1), dict(alpha=0.52)], ids=str)
+def test_a_step_of_another_objective_is_refused(steps, change):
+    reference = steps.reference(best=True, recomputed=False)
+    ours = steps.online(recomputed=False)
+    ours.loop.objective.distill = FusedLinearDistillation(**(dict(alpha=0.5) | change))
+    for step in (reference, ours):
+        step.work()
+    assert suite.check(ours, reference, torch.float32).startswith("refused")
+    again = steps.online(recomputed=False)
+    again.work()
+    assert suite.check(again, reference, torch.float32) == ""
 
 
 def test_without_the_reference_there_are_times_and_no_ratios():
-    makers = {"reference": (partial(FakeStep, 2.0, fits=False), (True,)), "ours": (partial(FakeStep, 2.0), (True,))}
-    reference, ours = suite.in_turn(FakeBenchmark(), makers, 2, apart="")
+    makers = {"reference": (partial(FakeStep, 2.0, fits=False), (True,))}
+    makers |= {name: (partial(FakeStep, 2.0), (True,)) for name in ("ours", "also ours")}
+    reference, ours, _ = suite.in_turn(FakeBenchmark(), makers, 2, apart="")
     assert reference == {"outcome": "out of memory"}
     assert ours["milliseconds"] == 1.0 and ours["reference_milliseconds"] is None
 
