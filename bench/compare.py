@@ -94,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = compare(before, after, noise=args.noise / 100)
     for text in (*warnings(before, after), *table(rows), *missing(before, after), *summary(rows)):
         print(text)
+    if args.fail_on_slower and not rows:
+        sys.exit(1)
     if args.fail_on_slower and any(row.verdict in (SLOWER, FAILS) for row in rows.values()):
         sys.exit(1)
 
@@ -160,7 +162,7 @@ def _spreads(line: Any, with_reference: bool) -> Iterator[float]:
 
 def _verdict(ratio: float | None, noise: float, direction: int = 1) -> str:
     """Of a time, or with direction -1 of a rate; the same the other way round when files change places."""
-    if ratio is None:
+    if ratio is None or not 0 < ratio < math.inf:  # NaN is neither
         return "-"
     change = direction * math.log(ratio)
     if abs(change) <= math.log1p(noise):

@@ -67,9 +67,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make the page from the command line; results that cannot be used exit with code 2."""
     parser = argparse.ArgumentParser(prog="python -m bench.page", description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="*", type=Path, help="results files; default: the newest of each device")
-    parser.add_argument("--output", type=Path, default=HERE / "RESULTS.md", help="pictures go to plots/ beside it")
-    args = parser.parse_args(argv)
     folder = results_path("", "any").parent
+    default = (HERE if folder == HERE / "results" else folder) / "RESULTS.md"
+    parser.add_argument("--output", type=Path, default=default, help="pictures go to plots/ beside it")
+    args = parser.parse_args(argv)
+    if args.output.is_dir():
+        parser.error(f"--output: {args.output} is a folder, expected a file")
     try:
         paths = args.results or newest_of_each_device(folder)
         files = {path: read_suites(path) for path in paths}

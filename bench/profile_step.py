@@ -67,7 +67,7 @@ def kernels_of(profiler: profile, *, on_gpu: bool) -> list[Kernel]:
     for event in profiler.key_averages():
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         on_device = str(event.device_type).endswith("CUDA")
-        if microseconds > 0 and on_device == on_gpu:
+        if microseconds > 0 and on_device == on_gpu and not getattr(event, "is_user_annotation", False):
             found.append(Kernel(event.key, microseconds / 1000, event.count))
     return found
 

@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -56,7 +57,7 @@ class Results:
 
     def add(self, line: Line) -> None:
         self.lines.append(line)
-        suites = json.loads(self.path.read_text())["suites"] if self.path.exists() else {}
+        suites = suites_in(self.path)
         lines = [stored(each) for each in self.lines]
         before = suites.get(self.name, {})
         if before.get("environment") == self.environment:
@@ -82,6 +83,19 @@ class Results:
                 cells = line.cells() if line.outcome == "ok" else ()
                 text.append(_row(line.contender, cells, width) if cells else f"{line.contender:<{width}}{line.outcome}")
         return "\n".join(text)
+
+
+def suites_in(path: Path) -> dict[str, Any]:
+    """The suites of a results file; a damaged one is set aside, and said, so that what is measured now is kept."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text())["suites"])
+    except (ValueError, KeyError, TypeError):
+        aside = path.with_suffix(".damaged")
+        os.replace(path, aside)
+        warnings.warn(f"{path} is no results file: set aside as {aside.name}", stacklevel=2)
+        return {}
 
 
 def stored(line: Line) -> dict[str, Any]:

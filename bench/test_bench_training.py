@@ -161,17 +161,19 @@ def measure_fraction(shared, pair, keep_fraction, ceilings, benchmark, record, t
             BEST: (partial(steps.reference, best=True), either),
             ONLINE: (steps.online, either),
             LEAN: (partial(steps.online, lean=True), (True,)),
-            FP8: (partial(steps.online, fp8=True), either),
+            FP8: (partial(steps.online, fp8=True) if keep_fraction in PLANNED else too_many, either),
             CACHED: (steps.cached, either),
         }
         if keep_fraction == 1.0:
             makers[HALF] = (partial(steps.reference, best=False, keep_fraction=0.5), (True,))
+        if keep_fraction not in PLANNED:
+            shared().forget_fp8()
         fields = in_turn(benchmark, makers, ROUNDS if keep_fraction in PLANNED else 3, apart=HALF)
         for name, each in zip(makers, fields, strict=True):
             each |= dict(flops=steps.flops(teacher=name != CACHED), ceiling_tflops=ceiling_tflops(ceilings))
             if name == HALF:
                 each["flops"] = PairSteps(pair, 0.5, shared(), tmp_path).flops(teacher=True)
-            elif keep_fraction in PLANNED and "recomputed" in each:
+            elif keep_fraction in (PLANNED[-1:] if ON_GPU else PLANNED) and "recomputed" in each:
                 each |= planned(pair, keep_fraction, name, ceilings, recomputed=each["recomputed"])
         return fields
 
@@ -179,6 +181,11 @@ def measure_fraction(shared, pair, keep_fraction, ceilings, benchmark, record, t
     about = dict(method="lsp", student=pair.student, teacher=pair.teacher, fraction=keep_fraction)
     line = partial(TrainingLine, group=pair.group(keep_fraction), **about)
     record([partial(line, contender=name) for name in names], measured)
+
+
+def too_many(**_: Any) -> TrainingStep:
+    """Not at every fraction: a second teacher in memory takes room from the others."""
+    raise NotMeasured(f"at f = {' and '.join(map(str, PLANNED))} alone")
 
 
 def fractions(wanted: Callable[[Pair, float], bool]) -> pytest.MarkDecorator:

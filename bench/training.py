@@ -33,6 +33,7 @@ from trsd.optim import build_optimizer
 from trsd.placement import Placement
 from trsd.planning import CLOSER, shared_lengths
 from trsd.recipe import Recipe, with_method_defaults
+from trsd.step_simulation import build_on_meta
 from trsd.teacher_cache import HiddenCache, build_hidden_cache
 from trsd.teachers import OnlineTeacher, Teacher
 from trsd.traces import Trace
@@ -80,6 +81,14 @@ class Shared:
             self._fp8.load_state_dict(self.teacher.state_dict())
             to_fp8(self._fp8)
         return self._fp8
+
+    def forget_fp8(self) -> None:
+        """Give back what the second teacher takes."""
+        self._fp8 = None
+
+    def forget_teacher(self) -> None:
+        """Give back the teacher's weights, once its targets are on disk."""
+        self.teacher = build_on_meta(self.teacher_config, self.reading_dtype)
 
     def held_by_training(self) -> int:
         """Bytes of the student, its copies and its optimizer's state."""
@@ -317,6 +326,8 @@ class BranchSteps:
         whole = TeacherExamples(self.methods["whole"])
         teacher = OnlineTeacher(shared.teacher, whole, max_tokens_per_batch=max(t.num_tokens for t in self.traces))
         build_hidden_cache(self.folder, teacher, fingerprint={}, dtype=shared.reading_dtype)
+        del teacher
+        shared.forget_teacher()
 
     def ours(self, form: str, *, recomputed: bool) -> Ours:
         """A step over "branches", "separate" sequences, or the "whole" ones alone; as many rows as they need."""

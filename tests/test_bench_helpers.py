@@ -313,3 +313,13 @@ def test_attention_is_checked_before_it_is_timed(monkeypatch):
     with pytest.raises(NotMeasured, match=r"refused, its output is .* off float64's"):
         attention.worst_error(Contender("sdpa"), Heads(4, 2, 32), with_branches=False, **check)
     attention.worst_error.cache_clear()
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"suites": ', "[1]"])
+def test_a_damaged_results_file_costs_nothing_that_is_measured(results, content):
+    results.path.parent.mkdir(parents=True, exist_ok=True)
+    results.path.write_text(content)
+    with pytest.warns(UserWarning, match="set aside"):
+        results.add(StepLine(group="a model", contender="one", milliseconds=1.0))
+    assert [line["contender"] for line in json.loads(results.path.read_text())["suites"]["suite"]["lines"]] == ["one"]
+    assert results.path.with_suffix(".damaged").read_text() == content

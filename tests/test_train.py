@@ -338,3 +338,15 @@ def test_what_a_run_writes_can_be_read_by_whoever_may_read_its_folder(run):
     for file in [*(folder / "checkpoint-1").rglob("*"), *(folder / "teacher").rglob("*")]:
         if file.is_file():
             assert file.stat().st_mode & 0o444 == file.parent.stat().st_mode & 0o444, file
+
+
+def test_training_in_bf16_follows_training_in_fp32(run):
+    exact, rounded = losses(run("exact")), losses(run("rounded", bf16=True))
+    assert abs(exact[-1][1] - exact[0][1]) > 0.1  # it learns, and what it learnt is computed with
+    for (_, wanted, _), (_, got, _) in zip(exact, rounded, strict=True):
+        assert got == pytest.approx(wanted, rel=0.02)
+
+
+def test_recomputing_in_bf16_changes_nothing(run):
+    plain, again = (losses(run(name, bf16=True, gradient_checkpointing=name == "again")) for name in ("plain", "again"))
+    assert plain == again

@@ -43,6 +43,8 @@ class Job(Placement):
             AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code) for folder in self._folders
         ]
         super().__init__(recipe, *configs, device="cuda" if torch.cuda.is_available() else "cpu")
+        if recipe.teacher == "online_fp8" and not self.bf16:
+            raise InputError("teacher: online_fp8 takes a teacher that is read in bf16: add --bf16 True, or use online")
         if recipe.teacher == "top_k_cache" and recipe.teacher_top_k > self.vocab_size:
             raise InputError(f"teacher_top_k: expected at most the {self.vocab_size} tokens of the vocabulary")
         capped = "student_logit_softcap" in logit_options(self.student_config, "student")

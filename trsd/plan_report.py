@@ -63,10 +63,11 @@ def _headline(plan: Plan) -> str:
     learns = f" from {teacher} ({recipe.teacher})" if recipe.alpha else ""
     memory = "" if device.memory is None else f" of {device.memory / GIB:.1f} GiB"
     prompt, reasoning, answer = plan.lengths
+    each = " of each GPU" if plan.gpus > 1 else ""
     rows = f"{_counted(cost.num_rows, 'row')} of at most {recipe.max_tokens_per_batch:,}"
     return (
         f"{recipe.method}: {recipe.model_name_or_path}{learns}, {plan.gpus} x {device.name}{memory}\n"
-        f"a step: {_counted(recipe.train_batch_size, 'trace')} of {prompt} + {reasoning} + {answer} tokens "
+        f"a step{each}: {_counted(recipe.train_batch_size, 'trace')} of {prompt} + {reasoning} + {answer} tokens "
         "(prompt, reasoning, answer)"
         f"\n        {cost.num_tokens:,} tokens run and {cost.supervised_tokens:,} are learnt, in {rows}"
     )

@@ -101,7 +101,8 @@ class _Simulation:
             placement.student_config, placement.reading_dtype if self.recipe.lora_rank else torch.float32
         )
         if self.recipe.lora_rank:
-            add_adapter(student, self.recipe.lora_rank, seed=0)
+            with torch.device("meta"):
+                add_adapter(student, self.recipe.lora_rank, seed=0)
         if self.recipe.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         self.student = student.train()
@@ -153,8 +154,8 @@ class _Simulation:
             STATE: states,
             TEACHER_WEIGHTS: self.teacher_bytes,
         }
-        # The second row runs beside the gradients of the first; further ones are like it.
-        rows = batches[:2]
+        # A row runs beside the gradients of those before it, so of two the largest runs last.
+        rows = batches[:2][::-1]
         with self.meter:
             for batch in rows:
                 self.loop._backward(batch, num_items, num_thinking)
