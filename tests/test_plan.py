@@ -157,3 +157,13 @@ def test_a_cut_that_leaves_no_label_says_so(capsys):
 def test_a_folder_is_read_whatever_it_is_called(tmp_path, tiny_folder):
     named = tiny_folder.rename(tmp_path / "Qwen3-8B")
     assert config_of(str(named)).hidden_size == 64
+
+
+def test_an_epoch_is_as_many_steps_as_its_traces_need(capsys):
+    found = make_plan(*SMALL, "--gpu", "H100")
+    step = sum(found.cost.seconds.values())
+    count = round(3600 * 4 / step)  # of four traces a step: an hour
+    for gpus, said in ((1, "1:00:0"), (2, "30:0")):
+        text = planned(capsys, *SMALL, "--gpu", "H100", "--num_traces", str(count), "--gpus", str(gpus))
+        assert f"an epoch of {count:,} traces: at least {said}" in text
+    assert "a step of each GPU: 4 traces" in text

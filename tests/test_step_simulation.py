@@ -1,5 +1,7 @@
 """A step without content against the step itself: bytes, operations, and what has no room."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -8,13 +10,14 @@ from bench.in_sight import ops_in_sight
 from trsd.ceilings import Ceilings
 from trsd.live_bytes import LiveBytes
 from trsd.loop import Loop
-from trsd.loop_meter import ACTIVATIONS, GRADIENTS
+from trsd.loop_meter import ACTIVATIONS, GRADIENTS, LOSS_WORK
 from trsd.methods import TeacherExamples
 from trsd.model_shapes import config_of
 from trsd.models import PACKED_ATTENTION
 from trsd.placement import Placement
 from trsd.planning import planned_method, planned_traces
 from trsd.recipe import Recipe, with_method_defaults
+from trsd.step_meter import OPTIMIZER
 from trsd.step_simulation import COPIES, STATE, TEACHER_WEIGHTS, WEIGHTS, MetaPlacement, simulate_step
 from trsd.teachers import OnlineTeacher
 
@@ -166,3 +169,17 @@ def test_a_smaller_chunk_of_logits_is_seen():
         for size in (2**29, 2**22)
     )
     assert small < large
+
+
+def test_a_fused_optimizer_reads_and_writes_everything_once():
+    cost = simulated(make_recipe(method="sft"), target="cuda", ceilings=GPU)
+    moved = 7 * cost.held[WEIGHTS] + 3 * cost.held[COPIES]
+    assert cost.seconds[OPTIMIZER] == pytest.approx(moved / GPU.copies)
+
+
+@pytest.mark.parametrize("teacher", ["top_k_cache", "hidden_cache"])
+def test_the_loss_holds_a_chunk_of_logits(teacher):
+    recipe = make_recipe(method="lsp", teacher=teacher, loss_chunk_bytes=2**22, gradient_checkpointing=True)
+    small = simulated(recipe, target="cuda", ceilings=GPU).held
+    large = simulated(replace(recipe, loss_chunk_bytes=2**24), target="cuda", ceilings=GPU).held
+    assert max(small.get(LOSS_WORK, 0), large[LOSS_WORK]) > 2**20 and sum(large.values()) > sum(small.values())

@@ -350,3 +350,8 @@ def test_training_in_bf16_follows_training_in_fp32(run):
 def test_recomputing_in_bf16_changes_nothing(run):
     plain, again = (losses(run(name, bf16=True, gradient_checkpointing=name == "again")) for name in ("plain", "again"))
     assert plain == again
+
+
+def test_bf16_is_what_the_layers_compute_in(run):
+    exact, rounded = (losses(run(f"{flag}", method="sft", bf16=flag)) for flag in (False, True))
+    assert exact != rounded and exact[0][1] == pytest.approx(rounded[0][1], rel=0.02)
