@@ -1,5 +1,6 @@
 """What the suites record: a kind of line each, with the table it shows itself in."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ def error_cell(error: float | None) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InTurnLine:
+class InTurnLine(ABC):
     """One contender of one setting, measured in turn with the setting's reference; what is unknown is None."""
 
     columns: ClassVar[tuple[str, ...]] = ()
@@ -80,9 +81,9 @@ class InTurnLine:
         found = {name: getattr(self, name) for name in (*names, "time_ratio", "memory_ratio")}
         return {"outcome": self.outcome} | {name: value for name, value in found.items() if value is not None}
 
+    @abstractmethod
     def cells(self) -> tuple[str, ...]:
         """A cell per column."""
-        raise NotImplementedError
 
     def _time_cells(self, digits: int) -> tuple[str, str, str]:
         """Of the columns "ms", "± %" and the ratio to the reference."""

@@ -9,7 +9,7 @@ from transformers import GptOssConfig, Qwen3MoeConfig
 from trsd import plan
 from trsd.model_shapes import config_of
 from trsd.plan_report import GIB, Plan
-from trsd.planning import alternatives, planned_traces, shared_lengths, together
+from trsd.planning import alternatives, planned_method, planned_traces, shared_lengths, together
 from trsd.recipe import Recipe
 
 SMALL = [
@@ -167,3 +167,9 @@ def test_an_epoch_is_as_many_steps_as_its_traces_need(capsys):
         text = planned(capsys, *SMALL, "--gpu", "H100", "--num_traces", str(count), "--gpus", str(gpus))
         assert f"an epoch of {count:,} traces: at least {said}" in text
     assert "a step of each GPU: 4 traces" in text
+
+
+def test_where_only_text_can_decide_the_whole_is_kept():
+    _, recipe = plan.parse([*SMALL, "--method", "sft", "--truncation", "first_derivation"])
+    example = planned_method(recipe, planned_traces(1, (10, 40, 20))).teacher_example(0)
+    assert len(example.input_ids) == 69  # all but the last, which is a label only

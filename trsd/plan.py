@@ -14,7 +14,7 @@ from typing import get_args, get_type_hints
 
 import torch
 
-from trsd.ceilings import Ceilings, known, measure
+from trsd.ceilings import Ceilings, known, known_device, measure
 from trsd.errors import InputError
 from trsd.flags import parse_flags
 from trsd.model_shapes import SHAPES
@@ -120,7 +120,8 @@ def ceilings_of(arguments: PlanArguments, *, bundled: bool) -> tuple[Ceilings, s
     if arguments.gpu == "cpu" or (bundled and nothing_said and not torch.cuda.is_available()):
         found, source = measure("cpu"), "measured here"
     elif arguments.gpu is None and torch.cuda.is_available():
-        found, source = measure("cuda"), "measured here"
+        there = known_device("cuda")  # a GPU that others work on has no room to be measured
+        found, source = (there, "as known by its name") if there else (measure("cuda"), "measured here")
     else:
         found = known(arguments.gpu or DEFAULT_GPU)
         source = "measured on one" if found.measured else "three quarters of what its maker states"

@@ -64,8 +64,10 @@ def planned_method(recipe: Recipe, traces: Sequence[Trace]) -> Method:
             max_tokens=recipe.max_tokens_per_batch,
             keep_thinking=recipe.thinking_weight > 0,
         )
-    name = recipe.truncation if recipe.truncation != "first_derivation" else "fraction"
-    truncation = build_truncation(name, share=recipe.keep_fraction or 1.0, side=recipe.keep_side, texts=())
+    name, share = recipe.truncation, recipe.keep_fraction or 1.0
+    if name == "first_derivation":
+        name, share = "fraction", 1.0
+    truncation = build_truncation(name, share=share, side=recipe.keep_side, texts=())
     return LSP(traces, truncation, tuple((recipe.loss_sections or "cot+a").split("+")))
 
 

@@ -301,9 +301,10 @@ def _simulated_attention(
         raise InputError("packed attention has no sink logits: choose another architecture")
     flat = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     lengths, cuts = packed_layout.lengths, packed_layout.cuts
-    pairs = int((lengths * cuts + lengths * (lengths + 1) // 2).sum())
+    seen = lengths * cuts + lengths * (lengths + 1) // 2
     if sliding_window:
-        pairs = min(pairs, int(lengths.sum()) * sliding_window)
+        seen = seen.clamp(max=lengths * sliding_window)
+    pairs = int(seen.sum())
     # SDPA is called a segment at a time, on the keys that a branch shares and its own, side by side.
     gathered = int((lengths + cuts)[cuts > 0].sum()) if attention_backend == "sdpa" else 0
     return _Attention.apply(*flat, pairs, gathered)[None], None
