@@ -80,7 +80,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     if not any(suite.lines for suites in files.values() for suite in suites.values()):
         parser.error(f"no results in {', '.join(map(str, paths)) or folder}: `make bench` measures")
-    pictures = write_page(files, args.output)
+    try:
+        pictures = write_page(files, args.output)
+    except OSError as error:
+        parser.error(f"--output: {error.filename or args.output}: {error.strerror}")
     for path in files:
         print(f"from {path}")
     print(f"{args.output}, {len(pictures)} pictures")

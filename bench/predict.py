@@ -5,7 +5,8 @@ operation at the device's ceilings. Times are floors for kernels launched one by
 """
 
 import argparse
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -99,19 +100,34 @@ def predictions(pair: Pair, keep_fraction: float, ceilings: Ceilings) -> dict[st
     return found
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", default="H200")
     parser.add_argument("--fractions", default="0.5,1.0")
-    arguments = parser.parse_args()
-    ceilings = known(arguments.gpu)
+    arguments = parser.parse_args(argv)
+    try:
+        ceilings, kept = known(arguments.gpu), [_fraction(text) for text in arguments.fractions.split(",")]
+    except ValueError as error:
+        parser.error(str(error))
     for pair in GPU_PAIRS:
-        for keep_fraction in map(float, arguments.fractions.split(",")):
+        for keep_fraction in kept:
             print(f"\n{pair.group(keep_fraction)}, {ceilings.name}, predicted\n{'':<32}{'GiB':>8}{'ms at least':>14}")
             for name, predict in predictions(pair, keep_fraction, ceilings).items():
                 peak, milliseconds = predict()
-                print(f"{name:<32}{peak / GIB:>8.1f}{milliseconds:>14.0f}", flush=True)
+                fits = "" if ceilings.memory is None or peak <= ceilings.memory else "  does not fit"
+                print(f"{name:<32}{peak / GIB:>8.1f}{milliseconds:>14.0f}{fits}", flush=True)
+
+
+def _fraction(text: str) -> float:
+    """One of ``--fractions``."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise ValueError(f"--fractions: expected numbers in (0, 1] with commas between, got {text!r}")
+    return value
 
 
 if __name__ == "__main__":

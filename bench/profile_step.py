@@ -7,6 +7,7 @@ the same of torch's operations, for the small pair.
 
 import argparse
 import re
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -17,9 +18,11 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench.measure import NotMeasured
 from bench.record import environment, results_path
 from bench.training import PairSteps, Shared, TrainingStep
 from bench.training_settings import CPU_PAIRS, GPU_PAIRS
+from trsd.errors import InputError
 from trsd.models import quieten_transformers
 
 # Kernels, or operations on a CPU, by their names; the first that fits.
@@ -100,7 +103,6 @@ def run(step: TrainingStep, *, steps: int, trace: Path) -> str:
             step.once()
         if on_gpu:
             torch.cuda.synchronize()
-    trace.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))
     return table(kernels_of(profiler, on_gpu=on_gpu), steps=steps, step_milliseconds=undisturbed)
 
@@ -126,6 +128,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not on_gpu:
         torch.set_num_threads(1)
     pair, about = pairs[arguments.pair], environment()
+    name = f"profile-{arguments.contender}-{arguments.fraction:g}"
+    trace = arguments.trace or results_path(name, about["device"]).with_suffix(".trace.json")
+    try:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        trace.open("a").close()  # before minutes are spent
+    except OSError as error:
+        parser.error(f"--trace: {trace}: {error.strerror}")
     with tempfile.TemporaryDirectory() as folder:
         steps = PairSteps(pair, arguments.fraction, Shared(pair.student, pair.teacher, _device(on_gpu)), Path(folder))
         make = {
@@ -136,9 +145,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             "fp8": partial(steps.online, recomputed=False, fp8=True),
             "cached": partial(steps.cached, recomputed=False),
         }[arguments.contender]
-        name = f"profile-{arguments.contender}-{arguments.fraction:g}"
-        trace = arguments.trace or results_path(name, about["device"]).with_suffix(".trace.json")
-        text = run(make(), steps=arguments.steps, trace=trace)
+        try:
+            text = run(make(), steps=arguments.steps, trace=trace)
+        except (NotMeasured, InputError) as error:
+            sys.exit(f"{pair.group(arguments.fraction)}, {arguments.contender}: {error}")
     print(f"{pair.group(arguments.fraction)}, {arguments.contender}, on {about['device']}\n{text}\n{trace}")
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from bench.page_headlines import headlines
 from bench.record import results_path
-from bench.results_files import newest_of_each_device, read_suites
+from bench.results_files import NotResults, newest_of_each_device, read_suites
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 530.0
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = every
     if arguments.only:
         numbers = arguments.only.split(",")
-        if not all(text.isdigit() and 1 <= int(text) <= len(every) for text in numbers):
+        if not all(text.isdecimal() and 1 <= int(text) <= len(every) for text in numbers):
             parser.error(f"--only: expected numbers from 1 to {len(every)}, got {arguments.only}")
         chosen = tuple(every[int(text) - 1] for text in numbers)
     statuses = run_stages(chosen, arguments.seconds)
@@ -124,9 +124,11 @@ def summarize(chosen: Sequence[Stage], statuses: dict[str, int]) -> None:
         said = "no time was left" if status is None else "passed" if status == 0 else f"exit status {status}"
         print(f"{stage.name:<32}{said}")
     folder = results_path("", "any").parent
-    for path in newest_of_each_device(folder):
-        suites = read_suites(path)
-        print(f"\n{path}", *headlines(suites), sep="\n")
+    try:
+        for path in newest_of_each_device(folder):
+            print(f"\n{path}", *headlines(read_suites(path)), sep="\n")
+    except NotResults as error:
+        print(f"\n{error}")
 
 
 if __name__ == "__main__":

@@ -259,6 +259,9 @@ def test_no_results_and_files_that_are_none_are_said(write, tmp_path, monkeypatc
     broken.write_text(
         '{"suites": {"training": {"title": "", "environment": {"device": "x", "date": ""}, "lines": [{}]}}}'
     )
+    assert "--output" in fails(
+        capsys, page.main, write({"training": [training(1.0, "ours")]}), "--output", broken / "x.md"
+    )
     assert f"{broken}: suite 'training'" in fails(capsys, page.main, "--output", tmp_path / "x.md")
     broken.write_text("[]")
     assert str(broken) in fails(capsys, page.main, broken)

@@ -60,3 +60,20 @@ def test_what_cannot_be_profiled_is_refused(words):
     with pytest.raises(SystemExit) as exit_:
         profile_step.main(words)
     assert exit_.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--fraction", "0.001"], "no token to learn is left"), (["--contender", "fp8"], "compute capability 9.0")],
+)
+def test_what_cannot_run_here_is_said(words, said, tmp_path):
+    with pytest.raises(SystemExit) as exit_:
+        profile_step.main([*words, "--trace", str(tmp_path / "trace.json")])
+    assert said in str(exit_.value)
+
+
+def test_a_trace_that_cannot_be_written_is_said_first(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as exit_:
+        profile_step.main(["--trace", str(tmp_path / "file" / "trace.json")])
+    assert exit_.value.code == 2 and "--trace" in capsys.readouterr().err

@@ -76,9 +76,13 @@ def test_the_summary_ends_with_headlines(monkeypatch, tmp_path, capsys):
     run_all.summarize([], {})
     said = capsys.readouterr().out
     assert str(results.path) in said and "0.33" in said
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    run_all.summarize([], {})
+    assert f"{broken}: not JSON" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("only", ["0", "9", "x", "1,,2"])
+@pytest.mark.parametrize("only", ["0", "9", "x", "1,,2", "²"])
 def test_stages_are_chosen_by_their_numbers(only, capsys):
     with pytest.raises(SystemExit) as exit_:
         run_all.main(["--only", only])

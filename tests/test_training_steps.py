@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import predict
 from bench import test_bench_training as suite
 from bench.lsp_reference import LSPReference, padded
 from bench.measure import NotMeasured
@@ -230,3 +231,13 @@ def test_without_the_reference_there_are_times_and_no_ratios():
 def test_targets_are_told_apart():
     names = [target.name for target in suite.targets()]
     assert len(set(names)) == len(names) == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--gpu", "H300"], "known are H200"), (["--fractions", "0.5,2"], "'2'"), (["--fractions", "half"], "'half'")],
+)
+def test_predictions_of_nothing_known_are_refused(words, said, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        predict.main(words)
+    assert exit_.value.code == 2 and said in capsys.readouterr().err

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from trsd.batching import Example
+from trsd.errors import InputError
 from trsd.traces import Trace
 from trsd.truncation import Spans, Truncation
 
@@ -100,7 +101,7 @@ class LSP:
         trace = self.traces[trace_index]
         found = kept_example(trace, trace_index, self.spans[trace_index], self.sections)
         if found is None:
-            raise ValueError(f"trace {trace.id}: {NO_LABEL}")
+            raise InputError(f"trace {trace.id}: {NO_LABEL}")
         return found
 
     teacher_example = example
