@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trsd.guards import clip_gradients
+from trsd.guards import StepGuard
 from trsd.working_weights import WorkingWeights
 
 PAD_TO = 16
@@ -68,7 +68,7 @@ class LSPReference:
         self.weights.refresh()
         self.student.train()
         loss = sum(self.backward(row) for row in self.rows)
-        norm = clip_gradients(self.student.parameters(), self.max_grad_norm, step=1, loss=float(loss))
+        norm = StepGuard(self.max_grad_norm).admit(self.student.parameters(), step=1, loss=float(loss)).norm
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(loss), norm

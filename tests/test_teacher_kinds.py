@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import make_tiny_model
 
-from trsd import loop as loops
 from trsd.job import Job
 from trsd.loop import Loop
 from trsd.prepare import build_method, prepare_traces
@@ -18,7 +17,6 @@ pytest.importorskip("peft")
 def step(tiny_folder, trace_file, tmp_path, monkeypatch):
     """Loss terms and gradients of the first step of a student whose adapter is already in effect."""
     gradients = {}
-    true = loops.clip_gradients
 
     def step(name, moved=0.1, **fields):
         shared = dict(alpha=0.7, temperature=1.5, train_batch_size=6, max_tokens_per_batch=600, max_length=512)
@@ -36,11 +34,13 @@ def step(tiny_folder, trace_file, tmp_path, monkeypatch):
                 parameter.data.normal_(std=moved)
         loop = Loop(job, model, teacher or student_as_teacher(job, model, method), method)
 
-        def kept(parameters, *arguments, **options):
-            gradients.update({k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None})
-            return true(parameters, *arguments, **options)
+        admit = loop.guard.admit
 
-        monkeypatch.setattr(loops, "clip_gradients", kept)
+        def kept(parameters, **options):
+            gradients.update({k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None})
+            return admit(parameters, **options)
+
+        monkeypatch.setattr(loop.guard, "admit", kept)
         gradients.clear()
         return loop.step(0), dict(gradients)
 

@@ -9,7 +9,7 @@ from conftest import losses, make_tiny_model, refusal
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trsd import loop, train
+from trsd import student_loss, train
 from trsd.methods.trsd import cut_example, with_thinking
 from trsd.metrics import read_metrics
 
@@ -103,13 +103,13 @@ def test_branches_train_as_the_separate_sequences_do(run, monkeypatch):
 
 def test_the_recipes_attention_is_what_runs(run, monkeypatch):
     asked = set()
-    true = loop.packed_hidden_states
+    true = student_loss.packed_hidden_states
 
     def seen(*arguments, backend):
         asked.add(backend)
         return true(*arguments, backend=backend)
 
-    monkeypatch.setattr(loop, "packed_hidden_states", seen)
+    monkeypatch.setattr(student_loss, "packed_hidden_states", seen)
     monkeypatch.setattr("trsd.teachers.packed_hidden_states", seen)
     run("run", max_steps=1, branches_per_trace=2)
     assert asked == {"sdpa"}

@@ -211,7 +211,7 @@ def test_what_nothing_can_be_held_against_is_not_timed():
 def test_a_step_of_another_objective_is_refused(steps, change):
     reference = steps.reference(best=True, recomputed=False)
     ours = steps.online(recomputed=False)
-    ours.loop.objective.distill = FusedLinearDistillation(**(dict(alpha=0.5) | change))
+    ours.loop.student.objective.distill = FusedLinearDistillation(**(dict(alpha=0.5) | change))
     for step in (reference, ours):
         step.work()
     assert suite.check(ours, reference, torch.float32).startswith("refused")

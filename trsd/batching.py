@@ -8,12 +8,13 @@ one trace, are one example with branches: what they share runs once.
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
 from torch import Tensor
 
+from trsd.ranks import share_rows
 from trsd_kernels import PackedLayout, pack_sequences, packed_layout
 
 
@@ -54,6 +55,18 @@ class Example:
         """Tokens the example takes in a row, branches included."""
         return len(self.input_ids) + sum(len(branch.input_ids) for branch in self.branches)
 
+    @property
+    def num_items(self) -> int:
+        """Labels, each as often as sequences learn it."""
+        return self.count * len(self.labels) + sum(branch.count * len(branch.labels) for branch in self.branches)
+
+    @property
+    def num_thinking(self) -> int:
+        """Thinking labels, each as often as sequences show it: a branch those before its cut."""
+        first, num = self.thinking_start + 1, len(self.thinking_labels)
+        shown = (branch.count * min(max(branch.cut - first, 0), num) for branch in self.branches)
+        return self.count * num + sum(shown)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
@@ -82,10 +95,32 @@ class PackedBatch:
         return self.input_ids.numel()
 
 
-def pack_examples(examples: Sequence[Example], max_tokens: int, device: torch.device | str) -> list[PackedBatch]:
-    """Pack ``examples`` into rows of at most ``max_tokens`` tokens; every example is in exactly one."""
-    rows = pack_sequences([example.num_tokens for example in examples], max_tokens)
-    return [_packed([examples[index] for index in row], device) for row in rows]
+def pack_examples(
+    examples: Sequence[Example],
+    max_tokens: int,
+    device: torch.device | str,
+    *,
+    num_ranks: int = 1,
+    rank: int = 0,
+) -> list[PackedBatch]:
+    """Pack ``examples`` into rows of at most ``max_tokens`` tokens; every example is in exactly one.
+
+    Of several ranks each gets its share of the rows, as many as any other; one for which none is left gets a row of
+    weight 0.
+    """
+    lengths = [example.num_tokens for example in examples]
+    rows = share_rows(pack_sequences(lengths, max_tokens), lengths, num_ranks=num_ranks, rank=rank)
+    shortest = min(examples, key=lambda example: example.num_tokens, default=None)
+    return [
+        _packed([examples[index] for index in row], device) if row else _weightless(_packed([shortest], device))
+        for row in rows
+    ]
+
+
+def _weightless(batch: PackedBatch) -> PackedBatch:
+    """A row that runs as any other and teaches nothing."""
+    nothing = {name: torch.zeros_like(getattr(batch, name)) for name in ("weights", "thinking_weights")}
+    return replace(batch, **nothing, num_items=0, num_thinking=0)
 
 
 def _packed(examples: list[Example], device: torch.device | str) -> PackedBatch:
@@ -122,8 +157,8 @@ def _packed(examples: list[Example], device: torch.device | str) -> PackedBatch:
         thinking_rows=tensor(thinking_rows),
         thinking_labels=tensor(chain.from_iterable(example.thinking_labels for example in examples)),
         thinking_weights=thinking_weights.to(device=device, dtype=torch.float32),
-        num_items=sum(weights),
-        num_thinking=round(float(thinking_weights.sum())),
+        num_items=sum(example.num_items for example in examples),
+        num_thinking=sum(example.num_thinking for example in examples),
         num_pairs=int((lengths * cuts + lengths * (lengths + 1) // 2).sum()),
         trace_indices=tuple(trace_indices),
     )

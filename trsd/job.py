@@ -11,6 +11,7 @@ from trsd.data import Question, describe_drops, load_data
 from trsd.decoding import Decoder
 from trsd.engines import Sampling, eos_ids_of
 from trsd.engines.hf import HFEngine
+from trsd.engines.ranked import RankedEngine
 from trsd.errors import InputError
 from trsd.evaluate import graded_questions
 from trsd.grading import check_grader
@@ -23,6 +24,7 @@ from trsd.models import (
     model_folder,
 )
 from trsd.placement import Placement
+from trsd.ranks import Ranks
 from trsd.recipe import Recipe
 from trsd.thinking import ThinkFormat, token_texts
 
@@ -30,8 +32,8 @@ from trsd.thinking import ThinkFormat, token_texts
 class Job(Placement):
     """Models and settings of one run."""
 
-    def __init__(self, recipe: Recipe, output_dir: Path) -> None:
-        self.output_dir = output_dir
+    def __init__(self, recipe: Recipe, output_dir: Path, ranks: Ranks | None = None) -> None:
+        self.output_dir, self.ranks = output_dir, ranks or Ranks()
         self.student_folder = model_folder(recipe.model_name_or_path)
         teacher = recipe.teacher_model_name_or_path
         self.teacher_folder = model_folder(teacher) if teacher else self.student_folder
@@ -89,12 +91,12 @@ class Job(Placement):
         only read, and in the precision for that.
         """
         if rank := self.recipe.lora_rank:
-            model = self.reader(self.student_folder)
+            model = self.reader(self.student_folder, sharded=self.ranks.size > 1)
             add_adapter(model, rank, seed=self.recipe.seed)
             if folder:
                 load_adapter(model, folder)
         else:
-            model = self._load(folder or self.student_folder, torch.float32)
+            model = self._load(folder or self.student_folder, torch.float32, sharded=self.ranks.size > 1)
         if self.recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         # So that whoever serves the checkpoint stops where its answers were taught to end.
@@ -105,17 +107,21 @@ class Job(Placement):
         """The teacher, in the precision it is only read in."""
         return self.reader(self.teacher_folder)
 
-    def reader(self, folder: Path) -> PreTrainedModel:
-        """A model that is only read."""
-        return self._load(folder, self.reading_dtype)
+    def reader(self, folder: Path, *, sharded: bool = False) -> PreTrainedModel:
+        """A model that is only read; on the CPU where it will be ``sharded``."""
+        return self._load(folder, self.reading_dtype, sharded=sharded)
 
-    def _load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-        return load_model(folder, dtype=dtype, device=self.device, trust_remote_code=self.recipe.trust_remote_code)
+    def _load(self, folder: Path, dtype: torch.dtype, *, sharded: bool = False) -> PreTrainedModel:
+        device = "cpu" if sharded else self.device
+        return load_model(folder, dtype=dtype, device=device, trust_remote_code=self.recipe.trust_remote_code)
 
-    def decoder(self, model: PreTrainedModel, what: str, sampling: Sampling | None = None) -> Decoder:
-        """A decoder of ``model`` with this run's think format."""
+    def decoder(
+        self, model: PreTrainedModel, what: str, sampling: Sampling | None = None, *, alone: bool = False
+    ) -> Decoder:
+        """A decoder of ``model`` with this run's think format; of every rank together, or of this one ``alone``."""
+        engine = HFEngine(model, self.tokenizer, batch_size=self.recipe.generation_batch_size)
         return Decoder(
-            HFEngine(model, self.tokenizer, batch_size=self.recipe.generation_batch_size),
+            engine if alone or self.ranks.size == 1 else RankedEngine(engine, self.ranks),
             self.tokenizer,
             self.think,
             sampling=sampling,

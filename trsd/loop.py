@@ -1,7 +1,13 @@
-"""The training step: packed batches, each normalised by the step's own count of supervised tokens."""
+"""The training step: packed batches, each normalised by the step's own count of supervised tokens.
+
+Of several ranks each runs its share of a step's rows; gradients and metrics are sums over all of them, so the ranks'
+number changes a step by rounding only.
+"""
 
 import math
 import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,30 +15,67 @@ from transformers import PreTrainedModel
 
 from trsd.batching import PackedBatch, TraceStream, pack_examples
 from trsd.flops import FlopCounter, head_flops
-from trsd.guards import clip_gradients
+from trsd.guards import StepGuard
 from trsd.methods import Method
-from trsd.models import logit_options, packed_hidden_states
+from trsd.models import logit_options
 from trsd.objective import Objective
 from trsd.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from trsd.parallel import last_row, shard_student
 from trsd.placement import Placement
+from trsd.prefetch import Prefetcher
+from trsd.ranks import Ranks
+from trsd.student_loss import StudentLoss
 from trsd.teacher_cache import HiddenCache
 from trsd.teachers import OnlineTeacher, Teacher
 from trsd.working_weights import WorkingWeights
-from trsd_kernels import FusedLinearDistillation, LinearDistillationOutput, fill_rate
+from trsd_kernels import FusedLinearDistillation, fill_rate
+
+
+class StepRows(NamedTuple):
+    """What one rank runs in a step, and the counts of the whole step."""
+
+    batches: list[PackedBatch]
+    """Of this rank."""
+    num_items: int
+    num_thinking: int
+    num_tokens: int
 
 
 class Loop:
     """Optimizer steps of one model; a step is a function of its number and the state so far."""
 
-    def __init__(self, placement: Placement, model: PreTrainedModel, teacher: Teacher | None, method: Method) -> None:
-        recipe = placement.recipe
-        self.placement, self.model, self.teacher, self.method = placement, model, teacher, method
+    def __init__(
+        self,
+        placement: Placement,
+        model: PreTrainedModel,
+        teacher: Teacher | None,
+        method: Method,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Take the parts of a run; with several ``ranks`` the model is sharded over them, in place."""
+        recipe, ranks = placement.recipe, ranks or Ranks(device=placement.device)
+        self.placement, self.model, self.teacher, self.method, self.ranks = placement, model, teacher, method, ranks
         num_traces = len(method.traces)
         self.stream = TraceStream(num_traces, batch_size=recipe.train_batch_size, seed=recipe.seed)
         self.num_steps = recipe.max_steps or math.ceil(recipe.num_train_epochs * num_traces / recipe.train_batch_size)
+        self.backend = placement.attention_backend(model, branches=recipe.branches_per_trace > 1)
+        self.student = self._student()
+        self.flops = FlopCounter(model)
+        self.teacher_flops = FlopCounter(teacher.model) if isinstance(teacher, OnlineTeacher) else None
+        dtype = torch.bfloat16 if placement.bf16 else None
+        if ranks.size > 1:
+            mesh = ranks.mesh(recipe.shard_group_size)
+            shard_student(self.student, mesh, dtype=dtype, cpu_offload=recipe.cpu_offload)
+        self.weights = WorkingWeights(model, dtype, copied=ranks.size == 1)
         self.optimizer = build_optimizer(model, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay)
-        student_logits = logit_options(model.config, "student")
-        self.objective = Objective(
+        self.guard = StepGuard(recipe.max_grad_norm, max_skipped_steps=recipe.max_skipped_steps)
+        self.prefetcher = Prefetcher(self.rows_of, self.num_steps)
+
+    def _student(self) -> StudentLoss:
+        """The model with the recipe's loss."""
+        recipe, placement = self.placement.recipe, self.placement
+        student_logits = logit_options(self.model.config, "student")
+        objective = Objective(
             vocab_size=placement.vocab_size,
             chunk_bytes=recipe.loss_chunk_bytes,
             alpha=recipe.alpha,
@@ -42,54 +85,80 @@ class Loop:
             **student_logits,
             **logit_options(placement.teacher_config, "teacher"),
         )
-        self.keep_thinking = FusedLinearDistillation(alpha=0.0, chunk_bytes=recipe.loss_chunk_bytes, **student_logits)
-        self.backend = placement.attention_backend(model, branches=recipe.branches_per_trace > 1)
-        self.head = model.get_output_embeddings().weight
-        self.weights = WorkingWeights(model, torch.bfloat16 if placement.bf16 else None)
-        self.flops = FlopCounter(model)
-        self.teacher_flops = FlopCounter(teacher.model) if isinstance(teacher, OnlineTeacher) else None
+        keep_thinking = FusedLinearDistillation(alpha=0.0, chunk_bytes=recipe.loss_chunk_bytes, **student_logits)
+        return StudentLoss(
+            self.model,
+            objective,
+            keep_thinking,
+            thinking_weight=recipe.thinking_weight,
+            backend=self.backend,
+            compute=placement.compute,
+        )
 
-    def step(self, step: int) -> dict[str, float]:
-        """Run optimizer step ``step`` (from 0) and return its metrics."""
+    def rows_of(self, step: int) -> StepRows:
+        """What this rank runs in ``step``: of the same step always the same."""
+        examples = self.method.examples(self.stream.step(step))
+        batches = pack_examples(
+            examples,
+            self.placement.recipe.max_tokens_per_batch,
+            self.placement.device,
+            num_ranks=self.ranks.size,
+            rank=self.ranks.rank,
+        )
+        return StepRows(
+            batches,
+            num_items=sum(example.num_items for example in examples),
+            num_thinking=sum(example.num_thinking for example in examples),
+            num_tokens=sum(example.num_tokens for example in examples),
+        )
+
+    def step(self, step: int, *, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        """Run optimizer step ``step`` (from 0) and return its metrics.
+
+        ``interrupted``: whether this rank was asked to stop; the metric of that name says so of any rank.
+        """
         start = time.perf_counter()
         recipe = self.placement.recipe
         factor = learning_rate_factor(
             recipe.lr_scheduler_type, step, num_steps=self.num_steps, warmup_ratio=recipe.warmup_ratio
         )
         set_learning_rate(self.optimizer, recipe.learning_rate * factor)
-        members = self.stream.step(step)
-        examples = self.method.examples(members)
-        batches = pack_examples(examples, recipe.max_tokens_per_batch, self.placement.device)
+        rows = self.prefetcher.take(step)
+        waited = time.perf_counter() - start
         self.weights.refresh()
-        num_items = sum(batch.num_items for batch in batches)
         self.model.train()
-        num_thinking = sum(batch.num_thinking for batch in batches)
-        totals = sum(self._backward(batch, num_items, num_thinking) for batch in batches)
-        loss, cross_entropy, divergence, thinking = totals.tolist()
-        norm = clip_gradients(self.model.parameters(), recipe.max_grad_norm, step=step + 1, loss=loss)
-        self.optimizer.step()
+        totals = sum(self._backward(batch, rows, is_last=batch is rows.batches[-1]) for batch in rows.batches)
+        mine = torch.tensor([self._flops(rows.batches) / 1e12, interrupted()], dtype=torch.float64)
+        found = self.ranks.total(torch.cat([totals.double(), mine.to(totals.device)]))
+        loss, cross_entropy, divergence, thinking, teraflops, num_interrupted = found.tolist()
+        verdict = self.guard.admit(self.model.parameters(), step=step + 1, loss=loss)
+        if not verdict.is_skipped:
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        seconds = time.perf_counter() - start
-        num_tokens = sum(batch.num_tokens for batch in batches)
+        seconds, num_rows = time.perf_counter() - start, len(rows.batches) * self.ranks.size
         return {
             "step": step + 1,
             "loss": loss,
             "cross_entropy": cross_entropy,
             "divergence": divergence,
             "thinking_cross_entropy": thinking,
-            "grad_norm": norm,
+            "grad_norm": verdict.norm,
+            "spike": verdict.is_spike,
+            "skipped": verdict.is_skipped,
+            "interrupted": num_interrupted > 0,
             "learning_rate": recipe.learning_rate * factor,
             "step_seconds": seconds,
-            "tokens": num_tokens,
-            "supervised_tokens": num_items,
-            "packed_rows": len(batches),
-            "fill_rate": fill_rate([batch.num_tokens for batch in batches], len(batches), recipe.max_tokens_per_batch),
-            "tokens_per_second": num_tokens / seconds,
-            "teraflops": self._flops(batches) / 1e12,
+            "data_seconds": waited,
+            "tokens": rows.num_tokens,
+            "supervised_tokens": rows.num_items,
+            "packed_rows": num_rows,
+            "fill_rate": fill_rate([rows.num_tokens], num_rows, recipe.max_tokens_per_batch),
+            "tokens_per_second": rows.num_tokens / seconds,
+            "teraflops": teraflops,
         }
 
     def _flops(self, batches: list[PackedBatch]) -> float:
-        """Operations of the student, of a teacher that runs beside it, and of the teacher's head."""
+        """Operations of the student, of a teacher that runs beside it, and of the teacher's head, on this rank."""
         total = self.flops.training(batches, recomputed=self.placement.recipe.gradient_checkpointing)
         if isinstance(self.teacher, OnlineTeacher | HiddenCache):
             total += head_flops(self.teacher.lm_head_weight.numel(), sum(len(batch.labels) for batch in batches))
@@ -99,31 +168,11 @@ class Loop:
         seen = [self.teacher.examples[index] for batch in batches for index in sorted(set(batch.trace_indices))]
         return total + self.teacher_flops.reading(seen)
 
-    def _backward(self, batch: PackedBatch, num_items: int, num_thinking: int) -> Tensor:
+    def _backward(self, batch: PackedBatch, rows: StepRows, *, is_last: bool = True) -> Tensor:
         """Add the gradients of one packed row; returns its [loss, cross-entropy, divergence, thinking]."""
+        last_row(self.student, is_last)
+        targets = None if self.teacher is None else self.teacher.targets
         with self.weights.in_use():
-            loss, out, thinking = self._forward(batch, num_items, num_thinking)
+            loss, out, thinking = self.student(batch, rows.num_items, rows.num_thinking, targets)
             loss.backward()
         return torch.stack([loss.detach(), out.cross_entropy, out.divergence, thinking.detach()])
-
-    def _forward(
-        self, batch: PackedBatch, num_items: int, num_thinking: int
-    ) -> tuple[Tensor, LinearDistillationOutput, Tensor]:
-        """(loss, the objective's output, cross-entropy of the thinking shown) of one packed row."""
-        hidden = packed_hidden_states(self.model, batch.input_ids, batch.layout, backend=self.backend)
-        with self.placement.compute():  # for the head, whose gradient stays fp32
-            targets = None if self.teacher is None else self.teacher.targets(batch.trace_indices)
-            out = self.objective(
-                hidden[batch.rows],
-                self.head,
-                targets,
-                batch.labels,
-                token_weights=batch.weights,
-                num_items_in_batch=num_items,
-            )
-            thinking = self.keep_thinking(
-                *(hidden[batch.thinking_rows], self.head, None, None, batch.thinking_labels),
-                token_weights=batch.thinking_weights,
-                num_items_in_batch=num_thinking,
-            ).loss
-        return out.loss + self.placement.recipe.thinking_weight * thinking, out, thinking

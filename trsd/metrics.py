@@ -16,18 +16,25 @@ class MetricsLog:
     """Appends steps to ``path``; on a resumed run what lay beyond the resumed step is dropped first."""
 
     def __init__(self, path: Path, *, first_step: int) -> None:
+        self._path, self._failed = path, False
         kept = [json.dumps(row) for row in read_metrics(path) if row["step"] <= first_step]
         write_text(path, "".join(f"{line}\n" for line in kept))
         self._stream = path.open("a")
 
     def write(self, **values: float) -> None:
-        """Append one step."""
-        self._stream.write(json.dumps(values) + "\n")
-        self._stream.flush()
+        """Append one step; what cannot be written is said once, and training goes on."""
+        try:
+            self._stream.write(json.dumps(values) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            if not self._failed:
+                print(f"warning: {self._path} cannot be written ({error}): steps are missing there", file=sys.stderr)
+            self._failed = True
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        with suppress(OSError):  # what was buffered and could not be written was said before
+            self._stream.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

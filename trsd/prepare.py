@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from trsd.cuts import build_policy
@@ -63,15 +64,22 @@ def _reported(job: Job, folder: Path, make: Callable[[], tuple[list[Trace], Coun
 
 
 def _stored(job: Job, path: Path, drops: Path, make: Callable[[], tuple[list[Trace], Counter[str]]]) -> list[Trace]:
-    """The traces of ``path``, which are made and written, with why others were dropped, when it is not there yet."""
-    if not path.exists():
-        traces, dropped = make()
-        if not traces:
-            raise InputError(
-                f"{job.recipe.data}: no trace is left to learn from; dropped: {describe_drops(dropped) or 'none'}"
-            )
-        write_json(drops, dropped)
-        write_traces(path, traces)
+    """The traces of ``path``, which are made and written, with why others were dropped, when it is not there yet.
+
+    All ranks make them together and rank 0 writes; where the student judges or completes, rank 0 makes them alone.
+    """
+    alone = job.recipe.method == "palign"
+    with job.ranks.main_first() if alone else nullcontext():
+        if not (path.exists() if alone else job.ranks.told(path.exists())):
+            traces, dropped = make()
+            if not traces:
+                raise InputError(
+                    f"{job.recipe.data}: no trace is left to learn from; dropped: {describe_drops(dropped) or 'none'}"
+                )
+            if job.ranks.is_main:
+                write_json(drops, dropped)
+                write_traces(path, traces)
+    job.ranks.wait()
     return read_traces(path, tokenizer_fingerprint=tokenizer_fingerprint(job.tokenizer))
 
 
@@ -101,7 +109,7 @@ def _given_traces(job: Job) -> tuple[list[Trace], Counter[str]]:
     if loaded.questions:
         with job.compute():
             traces, unusable = generate_traces(
-                job.decoder(job.teacher(), "traces", job.sampling()),
+                job.decoder(job.teacher(), "traces", job.sampling(), alone=recipe.method == "palign"),
                 loaded.questions,
                 max_thinking_tokens=recipe.max_thinking_tokens,
                 max_answer_tokens=recipe.max_answer_tokens,
@@ -154,7 +162,7 @@ def _learnable(job: Job, traces: list[Trace], dropped: Counter[str]) -> tuple[li
 
 
 def _student_judge(job: Job) -> Judge:
-    decoder = job.decoder(job.reader(job.student_folder), "judge")
+    decoder = job.decoder(job.reader(job.student_folder), "judge", alone=True)
     weights = weights_fingerprint(job.student_folder)
     if job.recipe.judge == "self":
         return SelfJudge(decoder, weights=weights)
@@ -181,7 +189,7 @@ def _completed(job: Job, traces: list[Trace]) -> tuple[list[Trace], Counter[str]
     recipe, prefixes = job.recipe, sufficient_prefixes(job, traces)
     with job.compute():
         completed, dropped = complete_prefixes(
-            job.decoder(job.reader(job.student_folder), "completions", job.sampling()),
+            job.decoder(job.reader(job.student_folder), "completions", job.sampling(), alone=True),
             traces,
             prefixes,
             completion=recipe.completion,
@@ -211,7 +219,8 @@ def build_method(job: Job, traces: Sequence[Trace]) -> Method:
         return LSP(traces, truncation(job), sections(job))
     judged = {}
     if recipe.cut == "judged":
-        prefixes = sufficient_prefixes(job, traces)
+        with job.ranks.main_first():  # what rank 0 has asked the others read
+            prefixes = sufficient_prefixes(job, traces)
         judged = {trace.id: prefix.cut for trace, prefix in zip(traces, prefixes, strict=True)}
     policy = build_policy(
         recipe.cut,

@@ -21,6 +21,7 @@ from trsd.job import Job
 from trsd.methods import Method, TeacherExamples
 from trsd.metrics import progress_bar
 from trsd.models import logit_options, tokenizer_fingerprint, weights_fingerprint
+from trsd.parallel import shard_teacher
 from trsd.recipe import ONLINE
 from trsd.row_shards import MANIFEST, building_folder
 from trsd.run import TEACHER
@@ -49,14 +50,15 @@ def prepare_teacher(job: Job, method: Method) -> Teacher | None:
         return None
     examples = TeacherExamples(method)
     if recipe.teacher in ONLINE:
-        return _online_teacher(job, examples)
+        return _online_teacher(job, examples, sharded=job.ranks.size > 1)
     folder, fingerprint = cache_folder(job), _fingerprint(job, examples)
-    if not (folder / MANIFEST).exists():
-        start = time.perf_counter()
-        _check_room(job, folder, sum(len(example.labels) for example in examples))
-        _build(job, folder, examples, fingerprint)
-        gc.collect()
-        print(f"teacher targets: {describe_cache(job, folder)} in {time.perf_counter() - start:.0f} s", flush=True)
+    with job.ranks.main_first():
+        if not (folder / MANIFEST).exists():
+            start = time.perf_counter()
+            _check_room(job, folder, sum(len(example.labels) for example in examples))
+            _build(job, folder, examples, fingerprint)
+            gc.collect()
+            print(f"teacher targets: {describe_cache(job, folder)} in {time.perf_counter() - start:.0f} s", flush=True)
     shared: dict[str, Any] = {"fingerprint": fingerprint, "device": job.device}
     if recipe.teacher == "hidden_cache":
         return HiddenCache(folder, **shared)
@@ -69,7 +71,7 @@ def student_as_teacher(job: Job, student: PreTrainedModel, method: Method) -> Te
     recipe = job.recipe
     if recipe.alpha == 0 or recipe.teacher != "adapter_off":
         return None
-    return AdapterOffTeacher(student, TeacherExamples(method), **_running(job, student))
+    return AdapterOffTeacher(student, TeacherExamples(method), **_running(job, student, sharded=job.ranks.size > 1))
 
 
 def cache_folder(job: Job) -> Path:
@@ -140,14 +142,20 @@ def _check_room(job: Job, folder: Path, num_rows: int) -> None:
         )
 
 
-def _online_teacher(job: Job, examples: Sequence[Example]) -> OnlineTeacher:
-    model = job.teacher()
+def _online_teacher(job: Job, examples: Sequence[Example], *, sharded: bool = False) -> OnlineTeacher:
+    model = job.reader(job.teacher_folder, sharded=sharded)
     if job.recipe.teacher == "online_fp8":
         print(f"teacher: {to_fp8(model)} layers in 8 bits, which is not exact", flush=True)
-    return OnlineTeacher(model, examples, **_running(job, model))
+    running = _running(job, model, sharded=sharded)
+    if sharded:
+        shard_teacher(model, job.ranks.mesh(job.recipe.shard_group_size))
+    return OnlineTeacher(model, examples, **running)
 
 
-def _running(job: Job, model: PreTrainedModel) -> dict[str, Any]:
+def _running(job: Job, model: PreTrainedModel, *, sharded: bool) -> dict[str, Any]:
     """How a teacher runs its examples."""
-    backend = job.attention_backend(model, branches=False)
-    return {"max_tokens_per_batch": job.recipe.max_tokens_per_batch, "backend": backend}
+    return {
+        "max_tokens_per_batch": job.recipe.max_tokens_per_batch,
+        "backend": job.attention_backend(model, branches=False),
+        "ranks": job.ranks if sharded else None,
+    }

@@ -116,6 +116,9 @@ class Recipe:
     """AdamW's decay of matrices; norms and biases never decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
+    max_skipped_steps: int = 0
+    """Steps in a row that may be left out for a spike of loss or gradient, or for NaN; 0: spikes are counted, NaN stops
+    the run."""
     num_train_epochs: float = 1.0
     """Passes over the traces, when max_steps is left out."""
     max_steps: int | None = None
@@ -130,6 +133,11 @@ class Recipe:
     """Attention of packed rows: auto takes the best that is installed and can; triton is ours, sdpa runs everywhere."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    shard_group_size: int | None = None
+    """Under torchrun: ranks that share one copy of the weights, replicated over the rest; left out, all ranks."""
+    cpu_offload: bool = False
+    """Under torchrun: weights, gradients and optimizer state stay in the CPU's memory. Slow, for models that fit no
+    other way."""
     loss_chunk_bytes: int | None = None
     """Working memory of the loss; left out, up to 2.5 GiB on a GPU and 64 MiB on a CPU. Less is slower."""
     bf16: bool | None = None
@@ -143,6 +151,8 @@ class Recipe:
     """A line is printed every so many steps; metrics.jsonl gets every step."""
     save_steps: int | None = None
     """A checkpoint every so many steps; the last step always has one."""
+    timeout_seconds: int = 1800
+    """A step, or a wait for another rank, that takes longer ends the run and prints where every thread is."""
     resume_from_checkpoint: str | None = None
     """latest, or a checkpoint folder of output_dir."""
 
@@ -167,10 +177,14 @@ class Recipe:
             "loss_chunk_bytes",
             "teacher_top_k",
             "lora_rank",
+            "shard_group_size",
+            "timeout_seconds",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append(f"{name}: expected at least 1, got {value}")
+        if self.max_skipped_steps < 0:
+            found.append(f"max_skipped_steps: expected 0 or more, got {self.max_skipped_steps}")
         for name in ("thinking_weight", "weight_decay", "sampling_temperature"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 found.append(f"{name}: expected 0 or more, got {getattr(self, name)}")

@@ -31,6 +31,9 @@ FREE_TO_CHANGE = {
     "output_dir",
     "teacher_cache_dir",
     "generation_batch_size",
+    "timeout_seconds",
+    "shard_group_size",
+    "cpu_offload",
 }
 LATER = {  # what neither traces nor teacher targets depend on: free between trsd.cache and trsd.train
     "eval_data",
@@ -41,6 +44,7 @@ LATER = {  # what neither traces nor teacher targets depend on: free between trs
     "warmup_ratio",
     "weight_decay",
     "max_grad_norm",
+    "max_skipped_steps",
     "num_train_epochs",
     "max_steps",
     "train_batch_size",

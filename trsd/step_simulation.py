@@ -21,7 +21,7 @@ from trsd.batching import pack_examples
 from trsd.ceilings import Ceilings
 from trsd.errors import InputError
 from trsd.fp8 import to_fp8
-from trsd.loop import Loop
+from trsd.loop import Loop, StepRows
 from trsd.loop_meter import ACTIVATIONS, LOSS_WORK, LoopMeter
 from trsd.methods import Method, TeacherExamples
 from trsd.models import refuse_unsupported
@@ -158,7 +158,7 @@ class _Simulation:
         rows = batches[:2][::-1]
         with self.meter:
             for batch in rows:
-                self.loop._backward(batch, num_items, num_thinking)
+                self.loop._backward(batch, StepRows(rows, num_items, num_thinking, tokens))
             scale = tokens / sum(batch.num_tokens for batch in rows)
             self._optimizer_step()
         flops = {name: value * (1 if name == OPTIMIZER else scale) for name, value in self.meter.flops.items()}

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trsd.adapters import adapter_off
-from trsd.batching import Example, pack_examples
+from trsd.batching import Example, PackedBatch, pack_examples
 from trsd.models import packed_hidden_states
+from trsd.ranks import Ranks, gathered
 from trsd_kernels import TeacherVectors, TopKTargets
 
 
@@ -45,16 +46,25 @@ class OnlineTeacher:
     """A frozen model that runs its examples, one per trace, whenever their targets are asked for."""
 
     def __init__(
-        self, model: PreTrainedModel, examples: Sequence[Example], *, max_tokens_per_batch: int, backend: str = "auto"
+        self,
+        model: PreTrainedModel,
+        examples: Sequence[Example],
+        *,
+        max_tokens_per_batch: int,
+        backend: str = "auto",
+        ranks: Ranks | None = None,
     ) -> None:
+        """Take a model and what it runs of each trace; ``ranks``: over which its weights are sharded."""
         self.model = self._as_teacher(model)
         self.examples = examples
         self.backend = backend
         self.max_tokens = max_tokens_per_batch
+        self.ranks = ranks or Ranks()
+        self.device = ranks.device if ranks else model.device
         self.lm_head_weight = model.get_output_embeddings().weight.detach()
 
     def targets(self, trace_indices: Sequence[int]) -> HiddenTargets:
-        return HiddenTargets(self.hidden_states(trace_indices), self.lm_head_weight)
+        return HiddenTargets(self.hidden_states(trace_indices), gathered(self.lm_head_weight))
 
     @torch.no_grad()
     def hidden_states(self, trace_indices: Sequence[int]) -> Tensor:
@@ -69,12 +79,18 @@ class OnlineTeacher:
         """(trace, what ``rows_of`` makes of its hidden states), once for each trace, a packed row at a time."""
         examples = [self.examples[index] for index in dict.fromkeys(trace_indices)]
         lengths = {example.trace_index: len(example.labels) for example in examples}
-        for batch in pack_examples(examples, self.max_tokens, self.model.device):
-            hidden = packed_hidden_states(self.model, batch.input_ids, batch.layout, backend=self.backend)[batch.rows]
+        batches = pack_examples(examples, self.max_tokens, self.device)
+        for batch in batches:
+            hidden = self._run(batch)[batch.rows]
             tensors, counts = rows_of(hidden), [lengths[index] for index in batch.trace_indices]
             pieces = {name: tensor.split(counts) for name, tensor in tensors.items()}
             for place, index in enumerate(batch.trace_indices):
                 yield index, {name: piece[place] for name, piece in pieces.items()}
+        for _ in range(self.ranks.largest(len(batches)) - len(batches)):
+            self._run(batches[0])  # for the ranks that have more rows, which need this one's shards of the weights
+
+    def _run(self, batch: PackedBatch) -> Tensor:
+        return packed_hidden_states(self.model, batch.input_ids, batch.layout, backend=self.backend)
 
     def _as_teacher(self, model: PreTrainedModel) -> PreTrainedModel:
         return model.requires_grad_(False).eval()

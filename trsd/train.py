@@ -7,6 +7,7 @@ a run makes is in its ``output_dir``: traces/, teacher/, eval/, metrics.jsonl, c
 
 import json
 import resource
+import signal
 import sys
 import time
 from itertools import groupby
@@ -22,6 +23,7 @@ from trsd.errors import InputError
 from trsd.evaluate import evaluate, table
 from trsd.files import write_json
 from trsd.guards import NonFiniteError
+from trsd.interruption import Interrupted, Interruption
 from trsd.job import Job
 from trsd.loop import Loop
 from trsd.methods import Method
@@ -29,32 +31,39 @@ from trsd.metrics import MetricsLog, progress_bar, say, step_line
 from trsd.models import quieten_transformers
 from trsd.prepare import build_method, prepare_traces
 from trsd.prepare_teacher import prepare_teacher, student_as_teacher
+from trsd.ranks import Ranks, is_lost_rank, launched_ranks, open_ranks
 from trsd.recipe import Recipe
 from trsd.recipe_file import fail, parse_recipe, recipe_as_yaml
 from trsd.report import model_card, summary, write_report
 from trsd.run import discard_unbegun, open_run
+from trsd.watchdog import Watchdog
 
 
 def evaluate_student(
-    job: Job, model: PreTrainedModel, name: str, percent_of: float | None = None
+    job: Job, model: PreTrainedModel | None, name: str, percent_of: float | None = None, folder: Path | None = None
 ) -> dict[str, Any] | None:
-    """The student's accuracy-budget curve, kept in eval/``name``.json; None when the recipe has no eval_data."""
+    """The student's accuracy-budget curve, kept in eval/``name``.json; None when the recipe has no eval_data.
+
+    Where the trained model is sharded, ``folder`` is read instead.
+    """
     recipe, path = job.recipe, job.output_dir / "eval" / f"{name}.json"
     if job.evaluation_questions is None:
         return None
-    if path.exists():
+    if job.ranks.told(path.exists()):
         return json.loads(path.read_text())
     start = time.perf_counter()
     with job.compute():
         result = evaluate(
-            job.decoder(model, f"evaluate {name}"),
+            job.decoder(model or job.reader(folder), f"evaluate {name}"),
             job.evaluation_questions,
             recipe.eval_budgets,
             max_thinking_tokens=recipe.max_thinking_tokens,
             max_answer_tokens=recipe.max_answer_tokens,
             median_thinking_tokens=percent_of,
         )
-    write_json(path, result)
+    if job.ranks.is_main:
+        write_json(path, result)
+    job.ranks.wait()
     print(f"\n{name} ({time.perf_counter() - start:.0f} s)\n{table(result)}\n", flush=True)
     return result
 
@@ -79,83 +88,110 @@ def marked_text(example: Example, tokenizer: Any) -> str:
     return "".join(f"[[{text}]]" if inside else text for inside, text in texts)
 
 
-def train(job: Job, loop: Loop, resume_from: Path | None) -> Path:
-    """Run the loop from where it stands to its last step; returns the last checkpoint."""
+def train(job: Job, loop: Loop, resume_from: Path | None, interruption: Interruption) -> Path:
+    """Run the loop from where it stands to its last step; returns the last checkpoint.
+
+    A signal, on whichever rank, ends it after the step that is under way, with a checkpoint of that step.
+    """
     recipe, output_dir = job.recipe, job.output_dir
     first = load_state(resume_from, model=loop.model, optimizer=loop.optimizer) if resume_from else 0
     log = MetricsLog(output_dir / "metrics.jsonl", first_step=first)
     if first < loop.num_steps:  # what was measured after an earlier end of this run holds no more
         (output_dir / "eval" / "after.json").unlink(missing_ok=True)
     start, folder, advance = time.perf_counter(), resume_from, progress_bar("train")
-    for step in range(first, loop.num_steps):
-        values = loop.step(step)
-        log.write(**values)
-        done = step + 1
-        if done % recipe.logging_steps == 0 or done in (1, loop.num_steps):
-            remaining = (time.perf_counter() - start) / (done - first) * (loop.num_steps - done)
-            say(step_line(done, loop.num_steps, values, remaining_seconds=remaining))
-        advance(done, loop.num_steps)
-        if done == loop.num_steps or (recipe.save_steps and done % recipe.save_steps == 0):
-            folder = save_checkpoint(
-                output_dir,
-                done,
-                model=loop.model,
-                tokenizer=job.tokenizer,
-                optimizer=loop.optimizer,
-                card=model_card(recipe, job.think.closer, done),
-            )
+    with Watchdog(recipe.timeout_seconds) as watchdog, interruption.deferred():
+        for step in range(first, loop.num_steps):
+            watchdog.beat()
+            values = loop.step(step, interrupted=lambda: interruption.signal is not None)
+            log.write(**values)
+            done, interrupted = step + 1, values["interrupted"]
+            if done % recipe.logging_steps == 0 or done in (1, loop.num_steps) or interrupted or values["skipped"]:
+                remaining = (time.perf_counter() - start) / (done - first) * (loop.num_steps - done)
+                say(step_line(done, loop.num_steps, values, remaining_seconds=remaining))
+            advance(done, loop.num_steps)
+            if done == loop.num_steps or interrupted or (recipe.save_steps and done % recipe.save_steps == 0):
+                folder = save_checkpoint(
+                    output_dir,
+                    done,
+                    model=loop.model,
+                    tokenizer=job.tokenizer,
+                    optimizer=loop.optimizer,
+                    card=model_card(recipe, job.think.closer, done),
+                )
+            if interrupted:
+                raise Interrupted(interruption.signal or signal.SIGTERM)
     log.close()
     return folder
 
 
-def run(recipe: Recipe, name: str = "run") -> Path:
+def run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) -> Path:
     """A whole run; returns its folder. Raises InputError or OSError for input that cannot be used."""
-    recipe, output_dir, resume_from = open_run(recipe, name)
+    recipe, output_dir, resume_from = ranks.told(open_run(recipe, name) if ranks.is_main else None)
     print(f"{name}: {output_dir}" + (f", resuming {resume_from.name}" if resume_from else ""), flush=True)
     torch.manual_seed(recipe.seed)
     start = time.perf_counter()
     try:
-        job = Job(recipe, output_dir)
+        job = Job(recipe, output_dir, ranks)
         _ = job.evaluation_questions  # what is wrong with them is said before any work
         method = build_method(job, prepare_traces(job))
     except (InputError, OSError, ImportError):
-        discard_unbegun(output_dir)
+        if ranks.is_main:
+            discard_unbegun(output_dir)
         raise
     teacher = prepare_teacher(job, method)
     model = job.student(resume_from)
-    before = evaluate_student(job, model, "before")
-    loop = Loop(job, model, teacher or student_as_teacher(job, model, method), method)
+    readable = model if ranks.size == 1 else None
+    before = evaluate_student(job, readable, "before", folder=job.student_folder)
+    loop = Loop(job, model, teacher or student_as_teacher(job, model, method), method, ranks)
     print(f"attention: {loop.backend}")
     print_example(job, method, loop.stream.step(0))
-    checkpoint = train(job, loop, resume_from)
-    after = evaluate_student(job, model, "after", before and before["percent_of"])
-    seconds = time.perf_counter() - start
+    checkpoint = train(job, loop, resume_from, interruption)
+    after = evaluate_student(job, readable, "after", before and before["percent_of"], checkpoint)
+    if ranks.is_main:
+        finish(job, before, after, checkpoint, seconds=time.perf_counter() - start)
+    return output_dir
+
+
+def finish(
+    job: Job, before: dict[str, Any] | None, after: dict[str, Any] | None, checkpoint: Path, *, seconds: float
+) -> None:
+    """Write totals and report, and say where everything is."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     totals = {"seconds": seconds, "peak_memory_gib": peak}
     if job.device == "cuda":
         totals["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    write_json(output_dir / "totals.json", totals)
-    report = write_report(output_dir)
+    write_json(job.output_dir / "totals.json", totals)
+    report = write_report(job.output_dir)
     if after:
         print(summary(before, after))
     gpu = f", on the GPU {totals['peak_gpu_memory_gib']:.2f} GiB" if job.device == "cuda" else ""
     print(f"{seconds:.0f} s, peak memory {peak:.2f} GiB{gpu}\nmodel   {checkpoint}\nreport  {report}")
-    return output_dir
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line: exit code 2 for input that cannot be used, 1 for training that cannot go on."""
+    """The command line: exit code 2 for input that cannot be used, 1 for training that cannot go on.
+
+    A signal ends it with 128 and its number: SIGTERM with 143, Ctrl-C with 130.
+    """
     recipe, name, dry_run = parse_recipe(argv)
     if dry_run:
         print(recipe_as_yaml(recipe), end="")
         return
     quieten_transformers()
     try:
-        run(recipe, name)
+        with Interruption() as interruption, open_ranks(recipe.timeout_seconds) as ranks:
+            run(recipe, name, ranks, interruption)
     except (InputError, OSError, ImportError) as error:
         fail(str(error))
     except NonFiniteError as error:
         sys.exit(f"error: {error}")
+    except Interrupted as interrupted:
+        print(f"ended by {interrupted.name}; --resume_from_checkpoint latest goes on", file=sys.stderr)
+        raise
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        sys.exit(f"error: rank {launched_ranks()[0]} waits no longer for another rank that ended or hangs: {error}")
 
 
 if __name__ == "__main__":

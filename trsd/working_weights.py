@@ -18,14 +18,17 @@ from transformers import PreTrainedModel
 
 
 class WorkingWeights:
-    """Copies in ``dtype`` of the fp32 parameters of ``model``; without ``dtype`` the parameters themselves work."""
+    """Copies in ``dtype`` of the fp32 parameters of ``model``; without ``dtype`` the parameters themselves work.
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+    Not ``copied``: layers that are sharded are cast when they are gathered, and only the embeddings' output is left.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None, *, copied: bool = True) -> None:
         self._slots: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         copies: dict[Tensor, Tensor] = {}
         self._dtype, self._embeddings = dtype, model.get_input_embeddings()
         kept = {id(layer.weight) for layer in (self._embeddings, model.get_output_embeddings())}
-        for module in model.modules() if dtype else ():
+        for module in model.modules() if dtype and copied else ():
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dtype != torch.float32 or id(parameter) in kept:
                     continue

@@ -1,0 +1,43 @@
+"""Signals: noted where something must not be cut off, raised elsewhere, and the second ends at once."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from trsd.interruption import Interrupted, Interruption
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted_and_raised_when_the_work_is_done(number):
+    done = []
+    with pytest.raises(Interrupted) as raised, Interruption() as interruption, interruption.deferred():
+        os.kill(os.getpid(), number)
+        assert interruption.signal == number
+        done.append(True)
+    assert done and raised.value.code == 128 + number and raised.value.name == number.name
+
+
+def test_elsewhere_a_signal_is_raised_as_it_comes():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as raised, Interruption():
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on")
+    assert raised.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_second_signal_ends_the_process_at_once():
+    code = (
+        "import os, signal\n"
+        "from trsd.interruption import Interruption\n"
+        "with Interruption() as interruption, interruption.deferred():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('once', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('twice', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "once\n")
+    assert "ending at once" in done.stderr

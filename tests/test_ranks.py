@@ -1,0 +1,56 @@
+"""How a step's rows are shared between ranks."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trsd.batching import Example, pack_examples
+from trsd.errors import InputError
+from trsd.ranks import Ranks, launched_ranks, share_rows
+from trsd_kernels.layout import pack_sequences
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 5), st.integers(50, 120))
+def test_every_sequence_is_on_one_rank_and_all_ranks_run_as_many_rows(lengths, num_ranks, max_tokens):
+    rows = pack_sequences(lengths, max_tokens)
+    shares = [share_rows(rows, lengths, num_ranks=num_ranks, rank=rank) for rank in range(num_ranks)]
+    assert sorted(index for share in shares for row in share for index in row) == list(range(len(lengths)))
+    assert len({len(share) for share in shares}) == 1
+    assert all(sum(lengths[index] for index in row) <= max_tokens for share in shares for row in share)
+    empty = sum(not row for share in shares for row in share)
+    assert empty == max(0, len(shares[0]) * num_ranks - len(lengths)) or empty == 0
+    if num_ranks == 1:
+        assert shares == [rows]
+
+
+def test_rows_that_run_at_the_same_time_are_of_like_length():
+    lengths = [100, 90, 50, 40, 10, 5]
+    rows = [[index] for index in range(6)]
+    first, second = (share_rows(rows, lengths, num_ranks=2, rank=rank) for rank in range(2))
+    assert [(lengths[a], lengths[b]) for (a,), (b,) in zip(first, second, strict=True)] == [
+        (100, 90),
+        (50, 40),
+        (10, 5),
+    ]
+
+
+def test_a_rank_without_a_row_runs_one_that_weighs_nothing():
+    examples = [Example(trace_index=n, input_ids=[1] * (n + 2), labels=[2, 2]) for n in range(2)]
+    batches = [pack_examples(examples, 8, "cpu", num_ranks=3, rank=rank) for rank in range(3)]
+    assert [len(found) for found in batches] == [1, 1, 1]
+    assert [found[0].num_items for found in batches] == [2, 2, 0]
+    idle = batches[2][0]
+    assert not idle.weights.any() and not idle.thinking_weights.any() and idle.num_tokens == 2
+
+
+@pytest.mark.parametrize("variables", [dict(RANK="2", WORLD_SIZE="2"), dict(RANK="x", WORLD_SIZE="2")])
+def test_an_environment_that_is_no_rank_is_refused(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="torchrun"):
+        launched_ranks()
+
+
+def test_ranks_that_do_not_divide_are_refused():
+    with pytest.raises(InputError, match="4 ranks do not divide into groups of 3"):
+        Ranks(size=4).mesh(3)

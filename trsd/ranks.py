@@ -1,0 +1,208 @@
+"""The processes of one run: torchrun starts one a device and says in RANK, WORLD_SIZE and LOCAL_RANK which is which.
+
+Every rank runs the same program over the same traces. What a step holds is a function of its number, so no rank has to
+tell another what it works on; what they exchange are gradients, sums of metrics, and results of generation. Rank 0
+alone prints and writes. A run of one process is rank 0 of one, and then nothing here communicates.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from trsd.errors import InputError
+
+# While rank 0 prepares, the others wait, maybe for hours; torchrun ends all ranks when one has failed.
+LONGEST_PREPARATION = timedelta(days=7)
+# What gloo says, in errors of no class of their own.
+LOST = ("Connection closed by peer", "Connection reset", "Timed out waiting", "Application timeout")
+REPLICAS, SHARDS = "replicas", "shards"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run."""
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+    """Of this rank: "cuda" is the GPU that became its current one."""
+    patient: Any = None
+    """The group of those who wait for long."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes."""
+        return self.rank == 0
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks, the same bits on each."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor(value)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
+
+    def told(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self.patient)
+        return box[0]
+
+    def everyone(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.patient)
+        return found
+
+    def agree(self, what: str, value: Any) -> None:
+        """Raise InputError on every rank unless all have the same ``value``, such as a hash of their input."""
+        values = self.everyone(value)
+        if len(set(values)) > 1:
+            odd = next(rank for rank in range(self.size) if values[rank] != values[0])
+            raise InputError(
+                f"rank {odd} has other {what} than rank 0: every rank reads the same files, so put them where all "
+                "nodes see them"
+            )
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Inside, rank 0 works while the others wait; then they go in and find it done."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
+    def wait(self) -> None:
+        """For all ranks to be here."""
+        if self.size > 1:
+            dist.barrier(group=self.patient)
+
+    def mesh(self, shard_group_size: int | None = None) -> DeviceMesh:
+        """Devices of the run: weights are sharded over ``shard_group_size`` ranks (all) and replicated over the rest.
+
+        Raises:
+            InputError: the ranks do not divide into groups of that size.
+        """
+        shards = shard_group_size or self.size
+        if self.size % shards:
+            raise InputError(f"shard_group_size: {self.size} ranks do not divide into groups of {shards}")
+        if shards == self.size:
+            return init_device_mesh(self.device, (self.size,), mesh_dim_names=(SHARDS,))
+        return init_device_mesh(self.device, (self.size // shards, shards), mesh_dim_names=(REPLICAS, SHARDS))
+
+
+def launched_ranks() -> tuple[int, int]:
+    """(rank, number of ranks) that torchrun says; (0, 1) without it.
+
+    Raises:
+        InputError: an environment of torchrun's that is not whole.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    rank = os.environ.get("RANK", "0")
+    if not size.isdecimal() or not rank.isdecimal() or not 0 <= int(rank) < int(size):
+        raise InputError(f"RANK {rank} and WORLD_SIZE {size} are no rank of a run: start it by torchrun")
+    if int(size) > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise InputError(f"WORLD_SIZE is {size} and MASTER_ADDR or MASTER_PORT is missing: start it by torchrun")
+    return int(rank), int(size)
+
+
+@contextmanager
+def open_ranks(timeout_seconds: int) -> Iterator[Ranks]:
+    """The ranks of this run, joined as long as the context lasts.
+
+    Args:
+        timeout_seconds: after which an exchange that another rank does not take part in ends the run.
+
+    Raises:
+        InputError: torchrun's environment is not whole, or a node has fewer GPUs than ranks.
+    """
+    rank, size = launched_ranks()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if size == 1:
+        yield Ranks(device=device)
+        return
+    if device == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        if local >= torch.cuda.device_count():
+            raise InputError(
+                f"rank {rank} is number {local} on its node, which has {torch.cuda.device_count()} GPUs: lower "
+                "--nproc_per_node"
+            )
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    patient = dist.new_group(backend="gloo", timeout=LONGEST_PREPARATION)
+    with open(os.devnull, "w") as silence, redirect_stdout(silence) if rank else nullcontext():
+        yield Ranks(rank, size, device, patient)
+        dist.barrier(group=patient)
+    dist.destroy_process_group()  # not after an error: it would wait for those that are gone
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether an exchange failed because another rank ended, or took part in it no more."""
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in LOST)
+
+
+def gathered(weight: Tensor) -> Tensor:
+    """The whole of a weight that may be sharded; every rank must ask for it."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def share_rows(rows: Sequence[Sequence[int]], lengths: Sequence[int], *, num_ranks: int, rank: int) -> list[list[int]]:
+    """The rows that ``rank`` runs, as many as any other rank does.
+
+    The longest rows are split until their number is a multiple of the ranks; rows of a round are of like length, so
+    that no rank waits long for another. Where there are fewer sequences than ranks, some ranks get an empty row.
+
+    Args:
+        rows: indices into ``lengths``, as ``pack_sequences`` makes them.
+        lengths: tokens of each sequence.
+        num_ranks, rank: of the run.
+    """
+    found = [list(row) for row in rows]
+    if num_ranks == 1:
+        return found
+
+    def tokens(row: Sequence[int]) -> int:
+        return sum(lengths[index] for index in row)
+
+    while len(found) % num_ranks:
+        splittable = [place for place, row in enumerate(found) if len(row) > 1]
+        if not splittable:
+            found.append([])
+            continue
+        place = max(splittable, key=lambda place: tokens(found[place]))
+        found[place : place + 1] = _halves(found[place], lengths)
+    found.sort(key=lambda row: (-tokens(row), row))
+    return found[rank::num_ranks]
+
+
+def _halves(row: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """A row as two of about the same length: each sequence, longest first, to the shorter one."""
+    halves: list[list[int]] = [[], []]
+    sums = [0, 0]
+    for index in sorted(row, key=lambda index: (-lengths[index], index)):
+        place = sums.index(min(sums))
+        halves[place].append(index)
+        sums[place] += lengths[index]
+    return [sorted(half) for half in halves]

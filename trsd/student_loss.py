@@ -1,0 +1,92 @@
+"""The student and its loss as one module: what is sharded as a whole, and run forward and backward a packed row.
+
+Weights that are sharded are there only inside the ``forward`` of the module they belong to. So everything that reads
+one happens inside a ``forward``: the body's layers in theirs, lm_head in ``LossHead``'s, and what is left, such as
+embeddings that are tied to lm_head, in ``StudentLoss``'s.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trsd.batching import PackedBatch
+from trsd.models import packed_hidden_states
+from trsd.objective import Objective
+from trsd.teachers import Targets
+from trsd_kernels import FusedLinearDistillation, LinearDistillationOutput
+
+T = TypeVar("T")
+
+
+class LossHead(nn.Module):
+    """An lm_head that can give a loss instead of logits."""
+
+    def __init__(self, lm_head: nn.Module) -> None:
+        super().__init__()
+        self.weight = lm_head.weight
+
+    def forward(self, hidden_states: Tensor, loss: Callable[[Tensor], T] | None = None) -> T | Tensor:
+        """``loss`` of the weight; without one, logits."""
+        return nn.functional.linear(hidden_states, self.weight) if loss is None else loss(self.weight)
+
+
+class StudentLoss(nn.Module):
+    """(loss, the objective's output, cross-entropy of the thinking shown) of a packed row."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        keep_thinking: FusedLinearDistillation,
+        *,
+        thinking_weight: float,
+        backend: str,
+        compute: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        """Take what the loop made of the recipe; ``compute`` is the precision of the head."""
+        super().__init__()
+        self.model, self.objective, self.keep_thinking = model, objective, keep_thinking
+        self.thinking_weight, self.backend, self.compute = thinking_weight, backend, compute
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        num_items: int,
+        num_thinking: int,
+        targets: Callable[[Sequence[int]], Targets] | None,
+    ) -> tuple[Tensor, LinearDistillationOutput, Tensor]:
+        """Of the row ``batch``.
+
+        Args:
+            batch: on the model's device.
+            num_items: supervised tokens of the whole step, over all rows and ranks.
+            num_thinking: thinking tokens of the whole step.
+            targets: the teacher's, by trace; None without a teacher.
+        """
+        with self.compute():
+            found = None if targets is None else targets(batch.trace_indices)
+        hidden = packed_hidden_states(self.model, batch.input_ids, batch.layout, backend=self.backend)
+
+        def losses(head: Tensor) -> tuple[LinearDistillationOutput, Tensor]:
+            out = self.objective(
+                hidden[batch.rows],
+                head,
+                found,
+                batch.labels,
+                token_weights=batch.weights,
+                num_items_in_batch=num_items,
+            )
+            thinking = self.keep_thinking(
+                *(hidden[batch.thinking_rows], head, None, None, batch.thinking_labels),
+                token_weights=batch.thinking_weights,
+                num_items_in_batch=num_thinking,
+            ).loss
+            return out, thinking
+
+        head = self.model.get_output_embeddings()
+        with self.compute():  # for the head, whose gradient stays fp32
+            out, thinking = head(hidden, losses) if isinstance(head, LossHead) else losses(head.weight)
+        return out.loss + self.thinking_weight * thinking, out, thinking
