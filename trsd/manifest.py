@@ -32,7 +32,7 @@ LOADED = {".safetensors", ".json", ".py", ".jinja", ".model", ".gguf"}
 
 def write_manifest(folder: Path) -> None:
     """Write the manifest of every file under ``folder``; what is there must be complete."""
-    names = sorted(_files(folder))
+    names = sorted(_files(folder).keys() - {MANIFEST})
     entries = {
         name: {"num_bytes": (folder / name).stat().st_size, "sha256": digest}
         for name, digest in zip(names, _digests(folder, names), strict=True)
