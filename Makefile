@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all bench bench-page gpu vllm-venv lint format clean
+.PHONY: demo test test-all soak bench bench-page gpu vllm-venv lint format clean
 
 demo: .venv/installed
 	$(BIN)/python -m trsd.train
@@ -12,6 +12,12 @@ test: .venv/installed-test
 
 test-all: .venv/installed-test
 	$(BIN)/python -m pytest
+
+# Runs that are killed (-9) at 200 random moments and resumed must come to what an undisturbed one does, bit for bit.
+# About five minutes; after half an hour it kills no more.
+soak: .venv/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py saves --rounds 60
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py training --rounds 200 --seconds 1800
 
 bench: .venv/installed-test
 	$(BIN)/python -m pytest bench/ --benchmark-only

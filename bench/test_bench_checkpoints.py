@@ -1,6 +1,7 @@
 """Checkpoints: written and resumed from as the trainer does, beside torch.save and torch.load of the same tensors.
 
-Neither side waits for the disk, and reads come from the page cache. Resuming makes the model, too, and checks it.
+A save of ours is timed until the disk has it: copies, files, their sha256, fsync and rename; torch.save leaves its file
+in the page cache. Reads come from there. Resuming makes the model, too, and checks it.
 """
 
 import shutil

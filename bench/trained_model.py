@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.transfers import Tensors, owned
-from trsd.checkpoint import load_state, save_checkpoint
+from trsd.checkpoint import Checkpointer, load_state
 from trsd.model_shapes import config_of
 from trsd.models import load_model, load_tokenizer, model_folder
 from trsd.optim import build_optimizer
@@ -29,8 +29,9 @@ class TrainedModel:
 
     def save(self, folder: Path) -> Path:
         """A checkpoint in ``folder``, as the trainer writes it."""
-        keep = dict(model=self.model, tokenizer=self.tokenizer, optimizer=self.optimizer)
-        return save_checkpoint(folder, 1, card="# A checkpoint to be measured\n", **keep)
+        checkpointer = Checkpointer(folder, self.tokenizer, card=lambda step: "# A checkpoint to be measured\n")
+        checkpointer.save(1, model=self.model, optimizer=self.optimizer, trainer={})
+        return checkpointer.wait()
 
     def resume(self, checkpoint: Path) -> Tensors:
         """What a model and its optimizer hold that begin from a checkpoint, as the trainer begins from it."""

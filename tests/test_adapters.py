@@ -10,8 +10,8 @@ from conftest import losses, make_tiny_model, refusal
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from trsd.adapters import adapter_off, add_adapter, load_adapter, merged_state, save_adapted
-from trsd.checkpoint import optimizer_tensors
+from trsd.adapters import adapter_off, add_adapter, load_adapter, merged_state
+from trsd.checkpoint import optimizer_tensors, shell_of, take_snapshot, write_snapshot
 from trsd.errors import InputError
 from trsd.models import packed_hidden_states
 from trsd.optim import build_optimizer
@@ -30,6 +30,12 @@ def adapted(tokenizer, *, rank=4, seed=0, tie=True, dtype=torch.float32, moved=T
             if "lora_B" in name:
                 parameter.data.normal_(std=0.1)
     return model
+
+
+def save_adapted(model, folder):
+    optimizer = build_optimizer(model, learning_rate=1e-3, weight_decay=0.0)
+    snapshot = take_snapshot(1, model=model, optimizer=optimizer, trainer={})
+    write_snapshot(snapshot, folder, shell_of(model))
 
 
 def hidden_states(model, ids=(5, 6, 7, 8, 9)):

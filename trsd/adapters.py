@@ -7,10 +7,10 @@ and its embeddings, both frozen, are where they were. A checkpoint holds W + 2 B
 loads it, and the adapter in ``adapter/`` in peft's format, from which training goes on exactly.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trsd.errors import InputError
-from trsd.files import write_json
 
 ADAPTER = "adapter"
 WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
 
 
@@ -68,17 +68,13 @@ def adapter_off(model: PreTrainedModel) -> Iterator[None]:
         model.enable_adapters()
 
 
-def save_adapted(model: PreTrainedModel, folder: Path) -> None:
-    """Write ``model`` with its adapter merged to ``folder``, in fp32, and the adapter to ``folder/adapter``."""
-    state = merged_state(model)
-    model._hf_peft_config_loaded = False  # or save_pretrained would write the adapter alone
-    try:
-        model.save_pretrained(folder, state_dict=state)
-    finally:
-        model._hf_peft_config_loaded = True
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    write_json(folder / "config.json", config | {"dtype": "float32"})
-    model.save_pretrained(folder / ADAPTER)
+def adapter_files(model: PreTrainedModel) -> tuple[dict[str, dict[str, Tensor]], dict[str, bytes]]:
+    """The adapter of ``model`` in peft's format: tensors and other content by file name, under ``adapter/``."""
+    tensors = {PEFT_PREFIX + key: tensor for key, tensor in model.get_adapter_state_dict().items()}
+    with TemporaryDirectory() as folder:
+        model.peft_config["default"].save_pretrained(folder)
+        config = (Path(folder) / CONFIG).read_bytes()
+    return {f"{ADAPTER}/{WEIGHTS}": tensors}, {f"{ADAPTER}/{CONFIG}": config}
 
 
 @torch.no_grad()
@@ -104,7 +100,7 @@ def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Give a model that ``add_adapter`` made the very adapter that ``save_adapted`` wrote to ``folder``.
+    """Give a model that ``add_adapter`` made the very adapter that a checkpoint wrote to ``folder``.
 
     Raises:
         FileNotFoundError: the folder holds no adapter.

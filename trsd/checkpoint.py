@@ -1,103 +1,259 @@
 """Checkpoints: ``checkpoint-<step>/`` is a plain Hugging Face model folder, with ``state/`` beside for resuming.
 
-A checkpoint is written to a temporary folder and renamed when complete, so a folder of that name is always whole.
-No pickle: safetensors and json only. A model with an adapter is written merged, its adapter beside in ``adapter/``.
+A save first copies all that training changes (weights and AdamW's moments, 12 bytes a parameter in fp32), to the CPU,
+and that is all the loop waits for; a thread then writes the copies while training goes on. No pickle: safetensors and
+json only. A model with an adapter is written merged, its adapter beside in ``adapter/``. How folders come and go:
+``checkpoint_folders.py``; whether one is whole: ``manifest.py``.
 """
 
+import copy
+import errno
 import json
-import os
-import re
 import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trsd.adapters import has_adapter, save_adapted
-from trsd.files import share_like_folder
+from trsd.adapters import adapter_files, has_adapter, merged_state
+from trsd.checkpoint_folders import TRAINER, keep_within, publish, step_of, temporary_folder
+from trsd.errors import InputError
+from trsd.manifest import read_json_object
 
 STATE = "state"
+OPTIMIZER = f"{STATE}/optimizer.safetensors"
+RANDOM = f"{STATE}/random.safetensors"
+MAX_TRAINER_BYTES = 64 * 2**20
 
 
-def save_checkpoint(
-    output_dir: Path,
-    step: int,
-    *,
-    model: PreTrainedModel,
-    tokenizer: Any,
-    optimizer: torch.optim.Optimizer,
-    card: str,
-) -> Path:
-    """Write ``output_dir/checkpoint-<step>`` and return it."""
-    folder = output_dir / f"checkpoint-{step}"
-    temporary = output_dir / f".checkpoint-{step}.{os.getpid()}"
+class SaveError(OSError):
+    """The last checkpoint of a run could not be written."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All of a checkpoint as it was at one step, on the CPU, whatever training does meanwhile."""
+
+    step: int
+    weights: dict[str, Tensor]
+    """The plain model's state dict, which ``save_pretrained`` of a shell names and divides into files."""
+    tensors: dict[str, dict[str, Tensor]]
+    """Further safetensors files by relative name."""
+    contents: dict[str, bytes]
+    """Other files by relative name."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What will be written, tied weights once."""
+        every = [*self.weights.values(), *(t for tensors in self.tensors.values() for t in tensors.values())]
+        return sum({t.data_ptr(): t.nbytes for t in every}.values()) + sum(map(len, self.contents.values()))
+
+
+class Checkpointer:
+    """Saves the checkpoints of one run, in one thread beside training."""
+
+    def __init__(
+        self,
+        output_dir: Path,
+        tokenizer: Any,
+        *,
+        save_total_limit: int | None = None,
+        card: Callable[[int], str],
+    ) -> None:
+        """Prepare to save to ``output_dir``.
+
+        Args:
+            output_dir: of the run.
+            tokenizer: goes into every checkpoint, as it is now.
+            save_total_limit: the oldest checkpoints beyond so many are removed, but never the newest and the best.
+            card: README.md of the checkpoint of a step.
+        """
+        self.output_dir, self.save_total_limit, self.card = output_dir, save_total_limit, card
+        self._tokenizer_files = _files_of(tokenizer.save_pretrained)
+        self._shell: PreTrainedModel | None = None
+        self._thread: threading.Thread | None = None
+        self._newest: Path | None = None
+        self._failure: tuple[int, Exception] | None = None
+
+    def save(
+        self, step: int, *, model: PreTrainedModel, optimizer: torch.optim.Optimizer, trainer: dict[str, Any]
+    ) -> None:
+        """Copy everything now and write it in the background; waits for an earlier save first.
+
+        A save that fails is a warning, and the next one tries again; ``wait`` raises if the last one failed.
+
+        Args:
+            step: optimizer steps done.
+            model: to be saved, with an adapter or without.
+            optimizer: of ``model``.
+            trainer: what else to resume with, as JSON; ``load_state`` returns it. Of those with a
+                ``validation_loss`` the checkpoint of the least is kept and named in best.json.
+        """
+        self._join()
+        try:
+            self._shell = self._shell or shell_of(model)
+            snapshot = take_snapshot(step, model=model, optimizer=optimizer, trainer=trainer)
+        except (MemoryError, RuntimeError) as error:  # copies that do not fit in memory must not end the training
+            self._fail(step, error)
+            return
+        card = {"README.md": self.card(step).encode()}
+        snapshot = replace(snapshot, contents=snapshot.contents | self._tokenizer_files | card)
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name=f"checkpoint-{step}")
+        self._thread.start()
+
+    def wait(self) -> Path | None:
+        """Finish what is pending; returns the newest checkpoint of this object, None when it was given none.
+
+        Raises:
+            SaveError: the last save failed.
+        """
+        self._join()
+        if self._failure is not None:
+            step, error = self._failure
+            newest = f"the newest is {self._newest.name}" if self._newest else "this process saved none"
+            raise SaveError(
+                f"checkpoint-{step} of {self.output_dir} was not saved ({error}) and is lost; {newest}. Mend the "
+                "cause and go on with --resume_from_checkpoint latest"
+            ) from error
+        return self._newest
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            folder = write_checkpoint(self.output_dir, snapshot, self._shell)
+        except Exception as error:  # whatever it is, an hour of training is worth more
+            self._fail(snapshot.step, error)
+            return
+        self._newest, self._failure = folder, None
+        try:
+            keep_within(self.output_dir, self.save_total_limit, saved=folder)
+        except OSError as error:
+            print(
+                f"warning: {folder.name} is saved, but old checkpoints could not be seen to: {error}", file=sys.stderr
+            )
+
+    def _fail(self, step: int, error: Exception) -> None:
+        self._failure = step, error
+        reason = f"{type(error).__name__}: {error}"
+        print(f"warning: checkpoint-{step} was not saved ({reason}); the next save tries again", file=sys.stderr)
+
+
+def shell_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A model without content and without adapter that writes a state dict as ``model`` would write its own."""
+    config = copy.deepcopy(model.config)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        shell = type(model)(config)
+    shell.to(torch.float32 if has_adapter(model) else model.dtype)
+    if model.can_generate():
+        shell.generation_config = copy.deepcopy(model.generation_config)
+    if hasattr(model, "_weight_conversions"):  # how transformers turned the names in the files into the model's
+        shell._weight_conversions = model._weight_conversions
+    return shell
+
+
+def take_snapshot(
+    step: int, *, model: PreTrainedModel, optimizer: torch.optim.Optimizer, trainer: dict[str, Any]
+) -> Snapshot:
+    """Copy what a checkpoint of ``step`` needs of a model, its optimizer and the random state."""
+    tensors, contents = {}, {}
+    if has_adapter(model):
+        weights = merged_state(model)  # all that it shares with the model is frozen
+        adapter, contents = adapter_files(model)
+        tensors = {name: _copies(state) for name, state in adapter.items()}
+    else:
+        weights = _copies(model.state_dict())
+    tensors[OPTIMIZER] = _copies(optimizer_tensors(model, optimizer))
+    tensors[RANDOM] = random_state()
+    contents[TRAINER.as_posix()] = (json.dumps({**trainer, "step": step}) + "\n").encode()
+    return Snapshot(step, weights, tensors, contents)
+
+
+def write_checkpoint(output_dir: Path, snapshot: Snapshot, shell: PreTrainedModel) -> Path:
+    """Write ``output_dir/checkpoint-<step>``, whole or not at all, and return it."""
+    temporary = temporary_folder(output_dir, snapshot.step)
     shutil.rmtree(temporary, ignore_errors=True)
+    if (free := shutil.disk_usage(output_dir).free) < snapshot.num_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"it takes {snapshot.num_bytes / 2**30:.2f} GiB and {output_dir} has {free / 2**30:.2f} GiB free; make "
+            "room, or set save_total_limit",
+        )
     try:
-        if has_adapter(model):
-            save_adapted(model, temporary)
-        else:
-            model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        state = temporary / STATE
-        state.mkdir()
-        save_file(optimizer_tensors(model, optimizer), state / "optimizer.safetensors")
-        save_file(random_state(), state / "random.safetensors")
-        (state / "trainer.json").write_text(json.dumps({"step": step}) + "\n")
-        share_like_folder(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        write_snapshot(snapshot, temporary, shell)
+        return publish(temporary, snapshot.step)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
-def load_state(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restore optimizer and random state from a checkpoint; returns the step it was written after."""
-    if not (folder / STATE / "trainer.json").exists():
-        raise FileNotFoundError(f"{folder} holds no training state: it can be loaded as a model but not resumed")
-    restore_optimizer(model, optimizer, load_file(folder / STATE / "optimizer.safetensors"))
-    restore_random_state(load_file(folder / STATE / "random.safetensors"))
-    return int(json.loads((folder / STATE / "trainer.json").read_text())["step"])
+def write_snapshot(snapshot: Snapshot, folder: Path, shell: PreTrainedModel) -> None:
+    """Write the files of ``snapshot`` to ``folder``, without a manifest."""
+    shell.save_pretrained(folder, state_dict=dict(snapshot.weights))
+    for name, content in snapshot.contents.items():
+        _parent_made(folder / name).write_bytes(content)
+    for name, tensors in snapshot.tensors.items():
+        save_file(tensors, _parent_made(folder / name), metadata={"format": "pt"})
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+def load_state(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+    """Restore optimizer and random state from a checkpoint that ``verify`` found whole.
 
+    Returns:
+        The step it was written after, and the ``trainer`` it was saved with.
 
-def sweep(output_dir: Path) -> None:
-    """Remove the checkpoint folders that a crash left half written; nothing else that begins with a dot."""
-    for leftover in output_dir.glob(".*"):
-        if re.fullmatch(r"\.checkpoint-\d+\.\d+", leftover.name):
-            shutil.rmtree(leftover)
+    Raises:
+        InputError: a part of the state is missing, malformed, or that of another model.
+    """
+    trainer = read_json_object(folder / TRAINER, max_bytes=MAX_TRAINER_BYTES)
+    step = trainer.pop("step", None)
+    if type(step) is not int or step < 0 or step != step_of(folder):
+        raise InputError(f"{folder / TRAINER}: expected the step that the folder's name says, got {step!r}")
+    moments, random = _tensors(folder / OPTIMIZER), _tensors(folder / RANDOM)
+    check_random_state(random, where=folder / RANDOM)
+    restore_optimizer(model, optimizer, moments)
+    if step and not moments:
+        raise InputError(f"{folder / OPTIMIZER} holds no state after {step} steps: the checkpoint cannot be resumed")
+    restore_random_state(random)
+    return step, trainer
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as ``<state>/<parameter name>`` tensors."""
     return {
-        f"{key}/{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        f"{key}/{name}": torch.as_tensor(value).detach()
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Undo ``optimizer_tensors``; raises when the names or shapes are not this model's."""
+    """Undo ``optimizer_tensors``, with copies; InputError when names, shapes or dtypes are not this model's."""
     parameters = dict(model.named_parameters())
     fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
     for key, value in tensors.items():
         entry, _, name = key.partition("/")
-        if name not in parameters or (value.ndim and value.shape != parameters[name].shape):
-            raise ValueError(f"the checkpoint's optimizer state {key} fits no parameter of this model")
-        parameter = parameters[name]
+        parameter = parameters.get(name)
+        if parameter is None or (value.ndim and (value.shape, value.dtype) != (parameter.shape, parameter.dtype)):
+            raise InputError(
+                f"the checkpoint's optimizer state {key}, {value.dtype} of shape {list(value.shape)}, fits no "
+                "parameter of this model: it is that of another model or vocabulary"
+            )
         # AdamW keeps its moments beside the parameter, and its step counter on the CPU unless it is one fused kernel.
         beside = value.ndim or id(parameter) in fused
-        optimizer.state[parameter][entry] = value.to(parameter.device) if beside else value
+        # Copied, for a loaded tensor is a view of the file.
+        optimizer.state[parameter][entry] = value.to(parameter.device if beside else value.device, copy=True)
 
 
 def random_state() -> dict[str, Tensor]:
@@ -108,6 +264,22 @@ def random_state() -> dict[str, Tensor]:
     return state
 
 
+def check_random_state(state: dict[str, Tensor], *, where: Path) -> None:
+    """Raise InputError unless ``state`` can be restored; generators that no state is there for are said."""
+    wanted = random_state()
+    if "cpu" not in state:
+        raise InputError(f"{where} holds no random state of the CPU: a resumed run would not be the one that stopped")
+    for name in state.keys() & wanted.keys():
+        got, like = state[name], wanted[name]
+        if (got.dtype, got.shape) != (like.dtype, like.shape):
+            raise InputError(
+                f"{where}: {name}: expected {like.dtype} of shape {list(like.shape)}, got {got.dtype} of shape "
+                f"{list(got.shape)}: no random state of this version of torch"
+            )
+    if lacking := sorted(wanted.keys() - state.keys()):
+        print(f"warning: {where} has no random state of {', '.join(lacking)}: they keep their own", file=sys.stderr)
+
+
 def restore_random_state(state: dict[str, Tensor]) -> None:
     """Undo ``random_state``."""
     torch.set_rng_state(state["cpu"])
@@ -115,3 +287,40 @@ def restore_random_state(state: dict[str, Tensor]) -> None:
         for i in range(torch.cuda.device_count()):
             if f"cuda{i}" in state:  # a machine with more GPUs than the one that saved has states of its own to keep
                 torch.cuda.set_rng_state(state[f"cuda{i}"], i)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """Of a safetensors file; those on the CPU are views of it."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: the checkpoint can be loaded as a model but not resumed")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} is no safetensors file that can be read ({error})") from None
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous on the CPU, in memory of their own; what is one tensor under two names stays one."""
+    made: dict[Any, Tensor] = {}
+    for tensor in tensors.values():
+        place = _place(tensor)
+        if place not in made:
+            made[place] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+    return {name: made[_place(tensor)] for name, tensor in tensors.items()}
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _files_of(save: Callable[[Path], Any]) -> dict[str, bytes]:
+    """What ``save`` writes to a folder."""
+    with TemporaryDirectory() as name:
+        save(Path(name))
+        found: Iterable[Path] = (path for path in Path(name).rglob("*") if path.is_file())
+        return {path.relative_to(name).as_posix(): path.read_bytes() for path in found}
+
+
+def _parent_made(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

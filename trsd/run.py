@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import yaml
 
-from trsd.checkpoint import checkpoints, sweep
+from trsd.checkpoint_folders import checkpoints, newest_whole, sweep
 from trsd.errors import InputError
 from trsd.files import write_json, write_text
+from trsd.manifest import verify
 from trsd.recipe import Recipe
 from trsd.recipe_file import recipe_as_yaml
 from trsd.row_shards import building_folder, lock_file
@@ -28,6 +29,7 @@ FREE_TO_CHANGE = {
     "resume_from_checkpoint",
     "logging_steps",
     "save_steps",
+    "save_total_limit",
     "output_dir",
     "teacher_cache_dir",
     "generation_batch_size",
@@ -95,14 +97,17 @@ def _checkpoint_to_resume(recipe: Recipe, folder: Path) -> Path | None:
         raise InputError(f"cannot resume {folder} with another recipe ({changed}): start a new output_dir")
     sweep(folder)
     if recipe.resume_from_checkpoint == "latest":
-        found = checkpoints(folder)
-        return found[-1] if found else None
+        return newest_whole(folder)
     wanted = Path(recipe.resume_from_checkpoint)
     wanted = wanted if wanted.exists() else folder / wanted.name
     if not re.fullmatch(r"checkpoint-\d+", wanted.name) or wanted.resolve().parent != folder.resolve():
         raise InputError(f"resume_from_checkpoint: {recipe.resume_from_checkpoint} is no checkpoint of {folder}")
     if not wanted.exists():
         raise InputError(f"no checkpoint at {wanted}; {folder} has {[path.name for path in checkpoints(folder)]}")
+    try:
+        verify(wanted)
+    except InputError as error:
+        raise InputError(f"{wanted.name} cannot be resumed: {error}. Try --resume_from_checkpoint latest") from None
     return wanted
 
 

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trsd.batching import Example
-from trsd.checkpoint import load_state, save_checkpoint
+from trsd.checkpoint import Checkpointer, load_state
 from trsd.errors import InputError
 from trsd.evaluate import evaluate, table
 from trsd.files import write_json
@@ -35,6 +35,7 @@ from trsd.ranks import Ranks, is_lost_rank, launched_ranks, open_ranks
 from trsd.recipe import Recipe
 from trsd.recipe_file import fail, parse_recipe, recipe_as_yaml
 from trsd.report import model_card, summary, write_report
+from trsd.row_shards import file_sha256
 from trsd.run import discard_unbegun, open_run
 from trsd.watchdog import Watchdog
 
@@ -88,16 +89,38 @@ def marked_text(example: Example, tokenizer: Any) -> str:
     return "".join(f"[[{text}]]" if inside else text for inside, text in texts)
 
 
+<<<<<<< HEAD
 def train(job: Job, loop: Loop, resume_from: Path | None, interruption: Interruption) -> Path:
     """Run the loop from where it stands to its last step; returns the last checkpoint.
 
     A signal, on whichever rank, ends it after the step that is under way, with a checkpoint of that step.
     """
+=======
+def resume(checkpoint: Path, loop: Loop, identity: dict[str, Any]) -> int:
+    """Bring ``loop`` to where ``checkpoint`` was saved; returns that step. InputError where ``identity`` differs."""
+    step, stored = load_state(checkpoint, model=loop.model, optimizer=loop.optimizer)
+    if changed := sorted(name for name in identity if stored.get(name) != identity[name]):
+        raise InputError(
+            f"{checkpoint.name} was trained on other {', '.join(changed)} than are in its run's folder now: put them "
+            "back, or start a new output_dir"
+        )
+    if step > loop.num_steps:
+        raise InputError(f"{checkpoint.name} is beyond the {loop.num_steps} steps of this run: start a new output_dir")
+    if step == loop.num_steps:
+        say(f"{checkpoint.name} is the last of {loop.num_steps} steps: the run is complete, nothing is trained")
+    return step
+
+
+def train(job: Job, loop: Loop, resume_from: Path | None) -> Path:
+    """Run the loop from where it stands to its last step; returns the last checkpoint."""
+>>>>>>> work-a
     recipe, output_dir = job.recipe, job.output_dir
-    first = load_state(resume_from, model=loop.model, optimizer=loop.optimizer) if resume_from else 0
+    identity = {"traces": file_sha256(output_dir / "traces" / "train.jsonl")}
+    first = resume(resume_from, loop, identity) if resume_from else 0
     log = MetricsLog(output_dir / "metrics.jsonl", first_step=first)
     if first < loop.num_steps:  # what was measured after an earlier end of this run holds no more
         (output_dir / "eval" / "after.json").unlink(missing_ok=True)
+<<<<<<< HEAD
     start, folder, advance = time.perf_counter(), resume_from, progress_bar("train")
     with Watchdog(recipe.timeout_seconds) as watchdog, interruption.deferred():
         for step in range(first, loop.num_steps):
@@ -120,8 +143,27 @@ def train(job: Job, loop: Loop, resume_from: Path | None, interruption: Interrup
                 )
             if interrupted:
                 raise Interrupted(interruption.signal or signal.SIGTERM)
+=======
+    checkpointer = Checkpointer(
+        output_dir,
+        job.tokenizer,
+        save_total_limit=recipe.save_total_limit,
+        card=lambda step: model_card(recipe, job.think.closer, step),
+    )
+    start, advance = time.perf_counter(), progress_bar("train")
+    for step in range(first, loop.num_steps):
+        values = loop.step(step)
+        log.write(**values)
+        done = step + 1
+        if done % recipe.logging_steps == 0 or done in (1, loop.num_steps):
+            remaining = (time.perf_counter() - start) / (done - first) * (loop.num_steps - done)
+            say(step_line(done, loop.num_steps, values, remaining_seconds=remaining))
+        advance(done, loop.num_steps)
+        if done == loop.num_steps or (recipe.save_steps and done % recipe.save_steps == 0):
+            checkpointer.save(done, model=loop.model, optimizer=loop.optimizer, trainer=identity)
+>>>>>>> work-a
     log.close()
-    return folder
+    return checkpointer.wait() or resume_from
 
 
 def run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) -> Path:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trsd.checkpoint import checkpoints
+from trsd.checkpoint_folders import checkpoints
 from trsd.command import run_command
 from trsd.demo.gsm_traces import EASY_TEMPLATES, READABLE_TEMPLATES
 from trsd.demo.smollm2_results import write_results
