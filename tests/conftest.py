@@ -1,6 +1,10 @@
 """Shared fixtures: the bundled tokenizer, a random two-layer Qwen3 of its vocabulary, and a few traces."""
 
+import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,3 +157,32 @@ def refusal(capsys, call):
 
 def losses(folder):
     return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(folder / "metrics.jsonl")]
+
+
+class Launcher:
+    """Runs of the trainer over several ranks, each a process; see ``rank_server.py``."""
+
+    def __init__(self):
+        folder = Path(__file__).parent
+        paths = [str(folder), str(folder.parent), str(folder.parent / "kernels"), os.environ.get("PYTHONPATH", "")]
+        variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, str(folder / "rank_server.py")]
+        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables)
+
+    def __call__(self, words, num_ranks, **options):
+        """The ranks' exit codes, what each printed, and the seconds it took."""
+        self.server.stdin.write(json.dumps({"words": words, "num_ranks": num_ranks, **options}) + "\n")
+        self.server.stdin.flush()
+        found = json.loads(self.server.stdout.readline())
+        return found["codes"], found["logs"], found["seconds"]
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait(30)
+
+
+@pytest.fixture(scope="session")
+def launch():
+    launcher = Launcher()
+    yield launcher
+    launcher.close()

@@ -123,11 +123,7 @@ def test_every_field_is_documented():
     for name in yaml.safe_load(recipe_as_yaml(Recipe())):
         line = source.index(f"    {name}:")
         assert source[line:].split("\n")[1].strip().startswith('"""'), name
-<<<<<<< HEAD
     assert len(yaml.safe_load(recipe_as_yaml(Recipe()))) <= 75
-=======
-    assert len(yaml.safe_load(recipe_as_yaml(Recipe()))) <= 61
->>>>>>> work-a
 
 
 def test_a_recipe_builds_on_another_and_overrides_it(write, tmp_path):

@@ -9,10 +9,13 @@ json only. A model with an adapter is written merged, its adapter beside in ``ad
 import copy
 import errno
 import json
+import os
 import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,8 +29,10 @@ from transformers import PreTrainedModel
 
 from trsd.adapters import adapter_files, has_adapter, merged_state
 from trsd.checkpoint_folders import TRAINER, keep_within, publish, step_of, temporary_folder
+from trsd.checkpoint_shards import SHARDS, empty_state, gathered_weights, load_shards, save_shards
 from trsd.errors import InputError
 from trsd.manifest import read_json_object
+from trsd.ranks import Ranks
 
 STATE = "state"
 OPTIMIZER = f"{STATE}/optimizer.safetensors"
@@ -68,6 +73,7 @@ class Checkpointer:
         *,
         save_total_limit: int | None = None,
         card: Callable[[int], str],
+        ranks: Ranks | None = None,
     ) -> None:
         """Prepare to save to ``output_dir``.
 
@@ -76,13 +82,16 @@ class Checkpointer:
             tokenizer: goes into every checkpoint, as it is now.
             save_total_limit: the oldest checkpoints beyond so many are removed, but never the newest and the best.
             card: README.md of the checkpoint of a step.
+            ranks: of the run; all of them save, and ``output_dir`` is one folder to them all.
         """
+        self.ranks = ranks or Ranks()
+        self._shards: Future[Any] | None = None
         self.output_dir, self.save_total_limit, self.card = output_dir, save_total_limit, card
         self._tokenizer_files = _files_of(tokenizer.save_pretrained)
         self._shell: PreTrainedModel | None = None
         self._thread: threading.Thread | None = None
         self._newest: Path | None = None
-        self._failure: tuple[int, Exception] | None = None
+        self._failure: tuple[int, str] | None = None
 
     def save(
         self, step: int, *, model: PreTrainedModel, optimizer: torch.optim.Optimizer, trainer: dict[str, Any]
@@ -101,9 +110,15 @@ class Checkpointer:
         self._join()
         try:
             self._shell = self._shell or shell_of(model)
-            snapshot = take_snapshot(step, model=model, optimizer=optimizer, trainer=trainer)
+            snapshot = take_snapshot(step, model=model, optimizer=optimizer, trainer=trainer, ranks=self.ranks)
+            if self.ranks.size > 1:
+                self._shards = self._begin_shards(step, optimizer_tensors(model, optimizer))
         except (MemoryError, RuntimeError) as error:  # copies that do not fit in memory must not end the training
+            if self.ranks.size > 1:
+                raise  # the other ranks wait for this one
             self._fail(step, error)
+            return
+        if not self.ranks.is_main:
             return
         card = {"README.md": self.card(step).encode()}
         snapshot = replace(snapshot, contents=snapshot.contents | self._tokenizer_files | card)
@@ -117,23 +132,36 @@ class Checkpointer:
             SaveError: the last save failed.
         """
         self._join()
-        if self._failure is not None:
-            step, error = self._failure
-            newest = f"the newest is {self._newest.name}" if self._newest else "this process saved none"
+        newest, failure = self.ranks.told((self._newest, self._failure))
+        if failure is not None:
+            step, error = failure
+            saved = f"the newest is {newest.name}" if newest else "this process saved none"
             raise SaveError(
-                f"checkpoint-{step} of {self.output_dir} was not saved ({error}) and is lost; {newest}. Mend the "
+                f"checkpoint-{step} of {self.output_dir} was not saved ({error}) and is lost; {saved}. Mend the "
                 "cause and go on with --resume_from_checkpoint latest"
-            ) from error
-        return self._newest
+            )
+        return newest
+
+    def _begin_shards(self, step: int, tensors: dict[str, Tensor]) -> Future[Any]:
+        temporary = temporary_folder(self.output_dir, step, self.ranks.told(os.getpid()))
+        if self.ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / SHARDS).mkdir(parents=True)
+        self.ranks.wait()
+        return save_shards(temporary, tensors, self.ranks)
 
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        elif self._shards is not None:  # of another rank's folder: rank 0's thread waits for its own, and says
+            with suppress(Exception):
+                self._shards.result()
+        self._shards = None
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            folder = write_checkpoint(self.output_dir, snapshot, self._shell)
+            folder = write_checkpoint(self.output_dir, snapshot, self._shell, shards=self._shards)
         except Exception as error:  # whatever it is, an hour of training is worth more
             self._fail(snapshot.step, error)
             return
@@ -146,7 +174,7 @@ class Checkpointer:
             )
 
     def _fail(self, step: int, error: Exception) -> None:
-        self._failure = step, error
+        self._failure = step, str(error)
         reason = f"{type(error).__name__}: {error}"
         print(f"warning: checkpoint-{step} was not saved ({reason}); the next save tries again", file=sys.stderr)
 
@@ -165,26 +193,44 @@ def shell_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def take_snapshot(
-    step: int, *, model: PreTrainedModel, optimizer: torch.optim.Optimizer, trainer: dict[str, Any]
+    step: int,
+    *,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    trainer: dict[str, Any],
+    ranks: Ranks | None = None,
 ) -> Snapshot:
-    """Copy what a checkpoint of ``step`` needs of a model, its optimizer and the random state."""
+    """Copy what a checkpoint of ``step`` needs of a model, its optimizer and the random state.
+
+    Of several ``ranks`` the weights are gathered to rank 0, and the optimizer's state is left to ``save_shards``.
+    """
     tensors, contents = {}, {}
-    if has_adapter(model):
+    sharded = ranks is not None and ranks.size > 1
+    if sharded:
+        weights = gathered_weights(model)
+    elif has_adapter(model):
         weights = merged_state(model)  # all that it shares with the model is frozen
         adapter, contents = adapter_files(model)
         tensors = {name: _copies(state) for name, state in adapter.items()}
     else:
         weights = _copies(model.state_dict())
-    tensors[OPTIMIZER] = _copies(optimizer_tensors(model, optimizer))
+    if not sharded:
+        tensors[OPTIMIZER] = _copies(optimizer_tensors(model, optimizer))
     tensors[RANDOM] = random_state()
     contents[TRAINER.as_posix()] = (json.dumps({**trainer, "step": step}) + "\n").encode()
     return Snapshot(step, weights, tensors, contents)
 
 
-def write_checkpoint(output_dir: Path, snapshot: Snapshot, shell: PreTrainedModel) -> Path:
-    """Write ``output_dir/checkpoint-<step>``, whole or not at all, and return it."""
+def write_checkpoint(
+    output_dir: Path, snapshot: Snapshot, shell: PreTrainedModel, shards: Future[Any] | None = None
+) -> Path:
+    """Write ``output_dir/checkpoint-<step>``, whole or not at all, and return it.
+
+    ``shards``: what all ranks are writing to the same temporary folder.
+    """
     temporary = temporary_folder(output_dir, snapshot.step)
-    shutil.rmtree(temporary, ignore_errors=True)
+    if shards is None:
+        shutil.rmtree(temporary, ignore_errors=True)
     if (free := shutil.disk_usage(output_dir).free) < snapshot.num_bytes:
         raise OSError(
             errno.ENOSPC,
@@ -193,6 +239,8 @@ def write_checkpoint(output_dir: Path, snapshot: Snapshot, shell: PreTrainedMode
         )
     try:
         write_snapshot(snapshot, temporary, shell)
+        if shards is not None:
+            shards.result()
         return publish(temporary, snapshot.step)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -207,7 +255,9 @@ def write_snapshot(snapshot: Snapshot, folder: Path, shell: PreTrainedModel) -> 
         save_file(tensors, _parent_made(folder / name), metadata={"format": "pt"})
 
 
-def load_state(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+def load_state(
+    folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks | None = None
+) -> tuple[int, dict[str, Any]]:
     """Restore optimizer and random state from a checkpoint that ``verify`` found whole.
 
     Returns:
@@ -220,7 +270,7 @@ def load_state(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimiz
     step = trainer.pop("step", None)
     if type(step) is not int or step < 0 or step != step_of(folder):
         raise InputError(f"{folder / TRAINER}: expected the step that the folder's name says, got {step!r}")
-    moments, random = _tensors(folder / OPTIMIZER), _tensors(folder / RANDOM)
+    moments, random = _optimizer_state(folder, model, ranks or Ranks()), _tensors(folder / RANDOM)
     check_random_state(random, where=folder / RANDOM)
     restore_optimizer(model, optimizer, moments)
     if step and not moments:
@@ -254,6 +304,15 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         beside = value.ndim or id(parameter) in fused
         # Copied, for a loaded tensor is a view of the file.
         optimizer.state[parameter][entry] = value.to(parameter.device if beside else value.device, copy=True)
+
+
+def _optimizer_state(folder: Path, model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+    """As it was saved, by one rank or by several; sharded as ``model`` is."""
+    if ranks.size == 1 and not (folder / SHARDS).is_dir():
+        return _tensors(folder / OPTIMIZER)
+    found = empty_state(model)
+    load_shards(folder, found, ranks)
+    return found
 
 
 def random_state() -> dict[str, Tensor]:

@@ -33,9 +33,9 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def temporary_folder(output_dir: Path, step: int) -> Path:
-    """Where this process fills the checkpoint of ``step``."""
-    return output_dir / f".checkpoint-{step}.{os.getpid()}"
+def temporary_folder(output_dir: Path, step: int, process: int | None = None) -> Path:
+    """Where this process, or the one of that number, fills the checkpoint of ``step``."""
+    return output_dir / f".checkpoint-{step}.{process or os.getpid()}"
 
 
 def publish(temporary: Path, step: int) -> Path:

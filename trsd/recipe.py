@@ -151,13 +151,10 @@ class Recipe:
     """A line is printed every so many steps; metrics.jsonl gets every step."""
     save_steps: int | None = None
     """A checkpoint every so many steps; the last step always has one."""
-<<<<<<< HEAD
     timeout_seconds: int = 1800
     """A step, or a wait for another rank, that takes longer ends the run and prints where every thread is."""
-=======
     save_total_limit: int | None = None
     """Only so many checkpoints are kept, the newest and the best always; left out, all."""
->>>>>>> work-a
     resume_from_checkpoint: str | None = None
     """latest, or a checkpoint folder of output_dir."""
 

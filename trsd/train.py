@@ -89,16 +89,9 @@ def marked_text(example: Example, tokenizer: Any) -> str:
     return "".join(f"[[{text}]]" if inside else text for inside, text in texts)
 
 
-<<<<<<< HEAD
-def train(job: Job, loop: Loop, resume_from: Path | None, interruption: Interruption) -> Path:
-    """Run the loop from where it stands to its last step; returns the last checkpoint.
-
-    A signal, on whichever rank, ends it after the step that is under way, with a checkpoint of that step.
-    """
-=======
 def resume(checkpoint: Path, loop: Loop, identity: dict[str, Any]) -> int:
     """Bring ``loop`` to where ``checkpoint`` was saved; returns that step. InputError where ``identity`` differs."""
-    step, stored = load_state(checkpoint, model=loop.model, optimizer=loop.optimizer)
+    step, stored = load_state(checkpoint, model=loop.model, optimizer=loop.optimizer, ranks=loop.ranks)
     if changed := sorted(name for name in identity if stored.get(name) != identity[name]):
         raise InputError(
             f"{checkpoint.name} was trained on other {', '.join(changed)} than are in its run's folder now: put them "
@@ -108,62 +101,57 @@ def resume(checkpoint: Path, loop: Loop, identity: dict[str, Any]) -> int:
         raise InputError(f"{checkpoint.name} is beyond the {loop.num_steps} steps of this run: start a new output_dir")
     if step == loop.num_steps:
         say(f"{checkpoint.name} is the last of {loop.num_steps} steps: the run is complete, nothing is trained")
+    loop.guard.restore(stored["guard"])
     return step
 
 
-def train(job: Job, loop: Loop, resume_from: Path | None) -> Path:
-    """Run the loop from where it stands to its last step; returns the last checkpoint."""
->>>>>>> work-a
+def train(job: Job, loop: Loop, resume_from: Path | None, interruption: Interruption) -> Path:
+    """Run the loop from where it stands to its last step; returns the last checkpoint.
+
+    A signal, on whichever rank, ends it after the step that is under way, with a checkpoint of that step.
+    """
     recipe, output_dir = job.recipe, job.output_dir
     identity = {"traces": file_sha256(output_dir / "traces" / "train.jsonl")}
     first = resume(resume_from, loop, identity) if resume_from else 0
-    log = MetricsLog(output_dir / "metrics.jsonl", first_step=first)
-    if first < loop.num_steps:  # what was measured after an earlier end of this run holds no more
+    log = MetricsLog(output_dir / "metrics.jsonl", first_step=first) if job.ranks.is_main else None
+    if first < loop.num_steps and job.ranks.is_main:  # what was measured after an earlier end holds no more
         (output_dir / "eval" / "after.json").unlink(missing_ok=True)
-<<<<<<< HEAD
-    start, folder, advance = time.perf_counter(), resume_from, progress_bar("train")
+    checkpointer = Checkpointer(
+        output_dir,
+        job.tokenizer,
+        save_total_limit=recipe.save_total_limit,
+        card=lambda step: model_card(recipe, job.think.closer, step),
+        ranks=job.ranks,
+    )
+    start, advance = time.perf_counter(), progress_bar("train")
     with Watchdog(recipe.timeout_seconds) as watchdog, interruption.deferred():
         for step in range(first, loop.num_steps):
             watchdog.beat()
-            values = loop.step(step, interrupted=lambda: interruption.signal is not None)
-            log.write(**values)
+            try:
+                values = loop.step(step, interrupted=lambda: interruption.signal is not None)
+            except NonFiniteError:
+                checkpointer.wait()  # all ranks stop here, and an earlier checkpoint may still be written
+                raise
+            if log:
+                log.write(**values)
             done, interrupted = step + 1, values["interrupted"]
             if done % recipe.logging_steps == 0 or done in (1, loop.num_steps) or interrupted or values["skipped"]:
                 remaining = (time.perf_counter() - start) / (done - first) * (loop.num_steps - done)
                 say(step_line(done, loop.num_steps, values, remaining_seconds=remaining))
             advance(done, loop.num_steps)
             if done == loop.num_steps or interrupted or (recipe.save_steps and done % recipe.save_steps == 0):
-                folder = save_checkpoint(
-                    output_dir,
-                    done,
-                    model=loop.model,
-                    tokenizer=job.tokenizer,
-                    optimizer=loop.optimizer,
-                    card=model_card(recipe, job.think.closer, done),
-                )
+                trainer = identity | {"guard": loop.guard.state()}
+                checkpointer.save(done, model=loop.model, optimizer=loop.optimizer, trainer=trainer)
             if interrupted:
+                say(f"{checkpointer.wait().name} is complete")
                 raise Interrupted(interruption.signal or signal.SIGTERM)
-=======
-    checkpointer = Checkpointer(
-        output_dir,
-        job.tokenizer,
-        save_total_limit=recipe.save_total_limit,
-        card=lambda step: model_card(recipe, job.think.closer, step),
-    )
-    start, advance = time.perf_counter(), progress_bar("train")
-    for step in range(first, loop.num_steps):
-        values = loop.step(step)
-        log.write(**values)
-        done = step + 1
-        if done % recipe.logging_steps == 0 or done in (1, loop.num_steps):
-            remaining = (time.perf_counter() - start) / (done - first) * (loop.num_steps - done)
-            say(step_line(done, loop.num_steps, values, remaining_seconds=remaining))
-        advance(done, loop.num_steps)
-        if done == loop.num_steps or (recipe.save_steps and done % recipe.save_steps == 0):
-            checkpointer.save(done, model=loop.model, optimizer=loop.optimizer, trainer=identity)
->>>>>>> work-a
-    log.close()
-    return checkpointer.wait() or resume_from
+        watchdog.beat()
+        newest = checkpointer.wait() or resume_from
+    if log:
+        log.close()
+    if loop.guard.num_spikes or loop.guard.num_skipped:
+        say(f"{loop.guard.num_spikes} spikes of loss or gradient, {loop.guard.num_skipped} steps left out")
+    return newest
 
 
 def run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) -> Path:

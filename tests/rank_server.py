@@ -1,0 +1,111 @@
+"""Runs of several ranks for the tests: forks them after the imports, which take seconds, and says how each ended.
+
+Reads a line of JSON for each run: ``{"words": [...], "num_ranks": 2, "accident": "nan", "seconds": 60}``. It computes
+nothing itself, so its children may.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from trsd import train
+from trsd.loop import Loop
+
+AT_STEP, RANK = 2, 1  # of accidents: during the third step, to the second rank
+
+
+def accident(kind):
+    """What befalls rank 1 amid its third step."""
+    true = Loop._backward
+
+    def backward(self, batch, rows, **options):
+        totals = true(self, batch, rows, **options)
+        if self.steps_begun - 1 != AT_STEP or self.ranks.rank != RANK:
+            return totals
+        if kind == "nan":
+            for parameter in self.model.parameters():
+                parameter.grad.to_local().fill_(float("nan"))
+        elif kind == "nan loss":
+            totals = totals * float("nan")
+        elif kind == "death":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif kind == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif kind == "hang":
+            time.sleep(1000)
+        return totals
+
+    step = Loop.step
+
+    def counted(self, number, **options):
+        self.steps_begun = number + 1
+        return step(self, number, **options)
+
+    Loop._backward, Loop.step = backward, counted
+
+
+def rank_main(rank, request, port, log):
+    """The life of one rank."""
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    torch.set_num_threads(1)
+    if request["num_ranks"] > 1:
+        size = str(request["num_ranks"])
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if request.get("accident"):
+        accident(request["accident"])
+    code = 1
+    try:
+        train.main(request["words"])
+        code = 0
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else 1
+        if isinstance(exit_.code, str):
+            print(exit_.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run(request):
+    """Exit code (negative: a signal; None: it had to be killed) and output of every rank, and the seconds it took."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, str(rank)) for rank in range(request["num_ranks"])]
+        children = {}
+        for rank, log in enumerate(logs):
+            if (pid := os.fork()) == 0:
+                rank_main(rank, request, port, log)
+            children[pid] = rank
+        began, codes = time.monotonic(), dict.fromkeys(children.values())
+        while children and time.monotonic() - began < request.get("seconds", 120):
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid:
+                codes[children.pop(pid)] = os.waitstatus_to_exitcode(status)
+            else:
+                time.sleep(0.01)
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        texts = [log.read_text() if log.exists() else "" for log in logs]
+    return {"codes": list(codes.values()), "logs": texts, "seconds": time.monotonic() - began}
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), flush=True)

@@ -1,0 +1,145 @@
+"""Runs of several ranks: the losses of one, resumed by any number, and what happens when one of them fails."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import losses, make_tiny_model
+from safetensors.torch import load_file
+
+from trsd.checkpoint_folders import newest_whole
+from trsd.metrics import read_metrics
+
+CLOSE = dict(rel=1e-6)  # fp32 sums in another order: 3e-7 measured
+
+
+def weights(folder, step):
+    return load_file(folder / f"checkpoint-{step}" / "model.safetensors")
+
+
+def assert_same_curve(one, other, rel=2e-6):
+    for left, right in zip(losses(one), losses(other), strict=True):
+        assert left == pytest.approx(right, rel=rel)
+
+
+@pytest.fixture
+def ran(launch, words, tmp_path):
+    """Train over some ranks, all of which must end well; returns the run's folder."""
+
+    def ran(name, num_ranks, **flags):
+        codes, logs, _ = launch(words(name, **({"max_steps": 4} | flags)), num_ranks)
+        assert codes == [0] * num_ranks, "\n".join(logs)
+        assert not logs[-1] or num_ranks == 1  # rank 0 alone prints
+        return tmp_path / name
+
+    return ran
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "flags"),
+    [
+        (2, dict(branches_per_trace=2)),
+        (3, dict(teacher="online", gradient_checkpointing=True, thinking_weight=0.5)),
+        (3, dict(train_batch_size=2, max_tokens_per_batch=512)),  # fewer sequences than ranks
+        (2, dict(method="lsp", teacher_model_name_or_path=None, shard_group_size=1)),
+    ],
+)
+def test_ranks_have_the_losses_of_one(ran, tmp_path, num_ranks, flags):
+    if flags.get("method") == "lsp":
+        flags = flags | dict(teacher_model_name_or_path=tmp_path / "tiny")
+    one, several = ran("one", 1, **(flags | dict(shard_group_size=None))), ran("several", num_ranks, **flags)
+    assert_same_curve(one, several)
+    left, right = weights(one, 4), weights(several, 4)
+    assert left.keys() == right.keys()
+    assert all(torch.allclose(left[name], right[name], atol=2e-5) for name in left)
+    for name in ("tokens", "supervised_tokens"):
+        ours, theirs = ([row[name] for row in read_metrics(run / "metrics.jsonl")] for run in (one, several))
+        assert ours == theirs
+
+
+def test_an_lm_head_of_its_own_is_sharded_apart(ran, tmp_path, tokenizer):
+    make_tiny_model(tokenizer, tie=False).save_pretrained(tmp_path / "tiny")
+    assert_same_curve(ran("one", 1, max_steps=2), ran("two", 2, max_steps=2))
+
+
+def test_fault_06_two_ranks_resume_bit_for_bit_and_other_numbers_to_rounding(ran, tmp_path):
+    whole = ran("whole", 2, save_steps=1)
+    for step, num_ranks in ((1, 2), (3, 2), (2, 3), (2, 1)):
+        part = tmp_path / f"part{step}{num_ranks}"
+        shutil.copytree(whole, part)
+        for later in range(step + 1, 5):
+            shutil.rmtree(part / f"checkpoint-{later}")
+        ran(part.name, num_ranks, save_steps=1, resume_from_checkpoint="latest")
+        if num_ranks == 2:
+            assert losses(part) == losses(whole)
+            left, right = weights(part, 4), weights(whole, 4)
+            assert all(torch.equal(left[name], right[name]) for name in right)
+        else:
+            assert_same_curve(part, whole)
+
+
+def test_what_one_rank_saved_several_go_on_with(ran):
+    whole = ran("whole", 1, save_steps=2)
+    shutil.rmtree(whole / "checkpoint-4")
+    before = losses(whole)
+    ran("whole", 2, save_steps=2, resume_from_checkpoint="latest")
+    assert losses(whole)[:2] == before[:2]
+    for left, right in zip(losses(whole), before, strict=True):
+        assert left == pytest.approx(right, rel=2e-6)
+
+
+def test_generation_and_evaluation_are_shared_and_give_what_one_rank_gives(ran, tmp_path):
+    flags = dict(
+        data="bundled:questions/train.jsonl",
+        max_train_samples=5,
+        eval_data="bundled:questions/evaluation.jsonl",
+        max_eval_samples=5,
+        eval_budgets="0,8",
+        model_name_or_path="bundled:reasoner",
+        max_thinking_tokens=240,
+        max_answer_tokens=24,
+        max_steps=2,
+        close_unfinished=True,
+    )
+    one, two = ran("one", 1, **flags), ran("two", 2, **flags)
+    for file in ("traces/train.jsonl", "eval/before.json"):
+        assert (one / file).read_text() == (two / file).read_text()
+    assert (two / "eval" / "after.json").exists() and (two / "report.html").exists()
+
+
+@pytest.mark.parametrize("accident", ["nan", "nan loss"])
+def test_fault_10_what_is_not_finite_on_one_rank_stops_all_before_the_step(launch, words, tmp_path, accident):
+    codes, logs, _ = launch(words("run", save_steps=1), 2, accident=accident)
+    assert codes == [1, 1]
+    assert all("step 3: loss" in log and "no parameter was changed" in log for log in logs)
+    assert [path.name for path in sorted((tmp_path / "run").glob("checkpoint-*"))] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_fault_10_what_is_not_finite_on_one_rank_is_left_out_by_all(launch, words, tmp_path):
+    codes, logs, _ = launch(words("run", save_steps=1, max_steps=4, max_skipped_steps=1), 2, accident="nan")
+    assert codes == [0, 0], "\n".join(logs)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["skipped"] for row in rows] == [False, False, True, False]
+    before, after = (weights(tmp_path / "run", step) for step in (2, 3))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "1 steps left out" in logs[0]
+
+
+def test_fault_24_a_signal_to_one_rank_ends_all_with_a_checkpoint_of_the_step(launch, words, tmp_path):
+    codes, logs, _ = launch(words("run", save_steps=100), 2, accident="term")
+    assert codes == [143, 143], "\n".join(logs)
+    assert (tmp_path / "run" / "checkpoint-3" / "manifest.json").exists()
+    assert "checkpoint-3 is complete" in logs[0] and "latest goes on" in logs[0]
+
+
+def test_fault_25_a_rank_that_dies_ends_the_others_with_a_message(launch, words, tmp_path):
+    codes, logs, seconds = launch(words("run", save_steps=1, timeout_seconds=20), 2, accident="death")
+    assert codes == [1, -9] and seconds < 60
+    assert "error: rank 0 waits no longer for another rank that ended or hangs" in logs[0]
+    assert newest_whole(tmp_path / "run")  # of step 1, or of 2 where it was written in time
+
+
+def test_fault_25_a_rank_that_hangs_ends_the_run_in_time_with_all_stacks(launch, words):
+    codes, logs, seconds = launch(words("run", timeout_seconds=8), 2, accident="hang", seconds=60)
+    assert codes == [1, 1] and seconds < 50
+    assert "in backward" in logs[1] and "Timeout" in logs[1]
