@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trsd.adapters import adapter_files, has_adapter, merged_state
-from trsd.checkpoint_folders import TRAINER, keep_within, publish, step_of, temporary_folder
+from trsd.checkpoint_folders import TRAINER, keep_within, publish, temporary_folder
 from trsd.errors import InputError
 from trsd.manifest import read_json_object
 
@@ -218,7 +218,7 @@ def load_state(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimiz
     """
     trainer = read_json_object(folder / TRAINER, max_bytes=MAX_TRAINER_BYTES)
     step = trainer.pop("step", None)
-    if type(step) is not int or step < 0 or step != step_of(folder):
+    if type(step) is not int or folder.name != f"checkpoint-{step}":
         raise InputError(f"{folder / TRAINER}: expected the step that the folder's name says, got {step!r}")
     moments, random = _tensors(folder / OPTIMIZER), _tensors(folder / RANDOM)
     check_random_state(random, where=folder / RANDOM)
