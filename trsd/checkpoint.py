@@ -188,7 +188,7 @@ def write_checkpoint(output_dir: Path, snapshot: Snapshot, shell: PreTrainedMode
     if (free := shutil.disk_usage(output_dir).free) < snapshot.num_bytes:
         raise OSError(
             errno.ENOSPC,
-            f"it takes {snapshot.num_bytes / 2**30:.2f} GiB and {output_dir} has {free / 2**30:.2f} GiB free; make "
+            f"it takes {snapshot.num_bytes / 2**20:,.0f} MiB and {output_dir} has {free / 2**20:,.0f} MiB free; make "
             "room, or set save_total_limit",
         )
     try:
