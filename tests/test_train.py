@@ -42,13 +42,14 @@ def test_resume_is_bit_exact_at_every_step(run, tmp_path):
         assert_equal_checkpoints(part / "checkpoint-6", whole / "checkpoint-6")
 
 
-def test_resume_before_the_first_checkpoint_starts_over_from_the_stored_traces(run, tmp_path):
+def test_resume_before_the_first_checkpoint_starts_over_from_the_stored_traces(run, tmp_path, capsys):
     whole = run("whole")
     part = tmp_path / "part"
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoint-6")
     run("part", resume_from_checkpoint="latest")
     assert losses(part) == losses(whole)
+    assert "has no checkpoint to resume: it begins at step 1" in capsys.readouterr().err
 
 
 def test_resume_sweeps_half_written_folders_and_leaves_a_users_dot_files(run):

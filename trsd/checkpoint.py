@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trsd.adapters import adapter_files, has_adapter, merged_state
-from trsd.checkpoint_folders import TRAINER, keep_within, publish, step_of, temporary_folder
+from trsd.checkpoint_folders import TRAINER, keep_within, publish, temporary_folder
 from trsd.checkpoint_shards import SHARDS, empty_state, gathered_weights, load_shards, save_shards
 from trsd.errors import InputError
 from trsd.manifest import read_json_object
@@ -234,7 +234,7 @@ def write_checkpoint(
     if (free := shutil.disk_usage(output_dir).free) < snapshot.num_bytes:
         raise OSError(
             errno.ENOSPC,
-            f"it takes {snapshot.num_bytes / 2**30:.2f} GiB and {output_dir} has {free / 2**30:.2f} GiB free; make "
+            f"it takes {snapshot.num_bytes / 2**20:,.0f} MiB and {output_dir} has {free / 2**20:,.0f} MiB free; make "
             "room, or set save_total_limit",
         )
     try:
@@ -268,7 +268,7 @@ def load_state(
     """
     trainer = read_json_object(folder / TRAINER, max_bytes=MAX_TRAINER_BYTES)
     step = trainer.pop("step", None)
-    if type(step) is not int or step < 0 or step != step_of(folder):
+    if type(step) is not int or folder.name != f"checkpoint-{step}":
         raise InputError(f"{folder / TRAINER}: expected the step that the folder's name says, got {step!r}")
     moments, random = _optimizer_state(folder, model, ranks or Ranks()), _tensors(folder / RANDOM)
     check_random_state(random, where=folder / RANDOM)

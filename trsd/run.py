@@ -3,6 +3,7 @@
 import platform
 import re
 import shutil
+import sys
 import time
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -97,7 +98,10 @@ def _checkpoint_to_resume(recipe: Recipe, folder: Path) -> Path | None:
         raise InputError(f"cannot resume {folder} with another recipe ({changed}): start a new output_dir")
     sweep(folder)
     if recipe.resume_from_checkpoint == "latest":
-        return newest_whole(folder)
+        found = newest_whole(folder)
+        if found is None:
+            print(f"note: {folder} has no checkpoint to resume: it begins at step 1", file=sys.stderr)
+        return found
     wanted = Path(recipe.resume_from_checkpoint)
     wanted = wanted if wanted.exists() else folder / wanted.name
     if not re.fullmatch(r"checkpoint-\d+", wanted.name) or wanted.resolve().parent != folder.resolve():
