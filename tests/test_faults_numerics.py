@@ -398,15 +398,14 @@ def test_fault_34_hash_seeds_and_what_ran_before_change_no_bit(run, words, hash_
 
 @not_interpreted
 def test_fault_34_the_number_of_threads_changes_losses_by_rounding_only(run):
-    """Sums are split by thread, so bits may differ; six steps at a learning rate of 1e-3 keep 1e-5 relative."""
+    """Sums are split by thread, so bits may differ; three steps at a learning rate of 1e-3 keep 1e-5 relative."""
     found, before = [], torch.get_num_threads()
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(losses(run(f"threads{threads}")))
+            found.append(losses(run(f"threads{threads}", max_steps=3)))
     finally:
         torch.set_num_threads(before)
-    for other in found[1:]:
-        assert other[0][1] == pytest.approx(found[0][0][1], rel=1e-6)
-        for (_, loss, _), (_, wanted, _) in zip(other, found[0], strict=True):
-            assert loss == pytest.approx(wanted, rel=1e-5)
+    one, two = ([loss for _, loss, _ in rows] for rows in found)
+    assert two[0] == pytest.approx(one[0], rel=1e-6)
+    assert two == pytest.approx(one, rel=1e-5)
