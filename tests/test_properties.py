@@ -54,7 +54,9 @@ def values_of(kind):
         return st.lists(items, max_size=4).map(tuple)
     if kind is type(None):
         return st.none()
-    return NUMBERS.get(kind) or st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), max_size=12)
+    if kind in NUMBERS:
+        return NUMBERS[kind]
+    return st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), max_size=12)
 
 
 @st.composite
@@ -368,7 +370,7 @@ def test_a_truncation_keeps_its_share_and_learns_kept_tokens_of_its_sections_onc
     assert example.labels == [whole[place] for place in learnt]
     assert [places[row] for row in example.rows] == [place - 1 for place in learnt]
     assert example.input_ids == [whole[place] for place in places][: len(example.input_ids)]
-    if names[places[-1]] == "a" and "a" in sections.split("+") and places[-1] == len(whole) - 1 and learnt:
+    if "a" in sections.split("+") and {len(whole) - 2, len(whole) - 1} <= set(places):
         assert example.labels[-1] == whole[-1] == tokenizer.eos_token_id
 
 
