@@ -188,7 +188,7 @@ def test_fault_21_a_stored_answer_of_a_stop_token_alone_is_dropped_and_counted(r
     assert f"1 x {NO_ANSWER}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [{}, dict(branches_per_trace=3), dict(method="sft", anchor_share=0.2)])
+@pytest.mark.parametrize("flags", [{}, dict(branches_per_trace=3), dict(method="sft")])
 def test_fault_21_the_stop_token_is_learnt_from_every_sequence(run, flags, monkeypatch, tokenizer):
     ends = []
 
