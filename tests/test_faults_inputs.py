@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 from trsd import analyze, cache, evaluate, generate, plan, sweep, train
 from trsd.batching import pack_examples
 from trsd.data import NO_ANSWER
+from trsd.errors import InputError
 from trsd.methods.trsd import cut_example, with_thinking
-from trsd.models import packed_hidden_states
+from trsd.models import load_model, packed_hidden_states
 from trsd.traces import write_traces
 from trsd_kernels import fused_linear_distillation, layout_of, packed_layout, shift_labels, varlen_attention
 
@@ -499,6 +500,9 @@ def test_fault_28_pickled_weights_are_never_read(run, tiny_folder, tmp_path, cap
     torch.save(tensors | {"bomb": Bomb()}, tiny_folder / "pytorch_model.bin")
     assert "safetensors" in refusal(capsys, lambda: run("run"))
     assert not marker.exists()
+    torch.save(tensors, tiny_folder / "pytorch_model.bin")  # nor where nothing is wrong with them
+    with pytest.raises(InputError, match="safetensors"):
+        load_model(tiny_folder, dtype=torch.float32, device="cpu")
     save_file(tensors, tiny_folder / "model.safetensors", metadata={"format": "pt"})
     run("run", max_steps=1)
     assert not marker.exists()

@@ -143,14 +143,20 @@ def test_fault_16_chunks_rows_and_recomputing_change_a_run_by_rounding_only(run)
 
 @not_interpreted
 def test_fault_16_padding_with_a_mask_gives_the_loss_of_packing_without(tiny_model, traces, think):
-    """transformers on a padded batch with an attention mask, whole logits and its own cross-entropy, against ours."""
-    examples = [
-        cut_example(trace, index, min(3 * index, len(trace.reasoning_ids)), think) for index, trace in enumerate(traces)
-    ]
-    (batch,) = pack_examples(examples, 4096, "cpu")
+    """transformers on a padded batch with an attention mask, whole logits and its own cross-entropy, against ours.
+
+    Each trace is cut at three places, which share its tokens in our row and are sequences of their own in theirs.
+    """
+    cuts = [(0, len(trace.reasoning_ids) // 2, len(trace.reasoning_ids)) for trace in traces]
+    examples = [cut_example(trace, 0, cut, think) for trace, places in zip(traces, cuts, strict=True) for cut in places]
+    together = [branched_examples(trace, 0, places, think)[0] for trace, places in zip(traces, cuts, strict=True)]
+    (batch,) = pack_examples(together, 4096, "cpu")
+    assert batch.layout.has_branches
     hidden = packed_hidden_states(tiny_model, batch.input_ids, batch.layout)
     head = tiny_model.get_output_embeddings().weight
-    packed = fused_linear_distillation(hidden[batch.rows], head, None, None, batch.labels, alpha=0.0).loss
+    packed = fused_linear_distillation(
+        hidden[batch.rows], head, None, None, batch.labels, token_weights=batch.weights, alpha=0.0
+    ).loss
     longest = max(len(example.input_ids) for example in examples)
     ids, mask = (torch.zeros(len(examples), longest, dtype=torch.int64) for _ in range(2))
     labels = torch.full((len(examples), longest), IGNORE)
@@ -307,9 +313,19 @@ def assert_within_fp64(got, gradient, student, teacher, labels, options):
 
 
 @SLOW_IN_THE_INTERPRETER
-@given(odd_logits(), st.sampled_from(DIVERGENCES), st.sampled_from((0.0, 0.5, 1.0)), st.sampled_from((1.0, 2.5)))
-def test_fault_30_odd_logits_stay_within_the_fp64_bound(case, divergence, alpha, temperature):
+@given(
+    odd_logits(),
+    st.sampled_from(DIVERGENCES),
+    st.sampled_from((0.0, 0.5, 1.0)),
+    st.sampled_from((1.0, 2.5)),
+    st.booleans(),
+)
+def test_fault_30_odd_logits_stay_within_the_fp64_bound(case, divergence, alpha, temperature, broken):
+    """``broken``: rows that are ignored are NaN."""
     student, teacher, labels = case
+    if broken:
+        student[labels == IGNORE] = torch.nan
+        teacher[labels == IGNORE] = torch.nan
     options = dict(divergence=divergence, alpha=alpha, temperature=temperature)
     leaf = student.detach().requires_grad_()
     with poisoned_memory():
