@@ -24,6 +24,12 @@ settings.load_profile("noisy_machine")
 REASONER = Path(__file__).parent.parent / "trsd" / "demo" / "reasoner"
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("golden losses")
+    group.addoption("--assert-equal", action="store_true", help="compare losses with tests/golden/ bit for bit")
+    group.addoption("--write-golden", action="store_true", help="write this platform's losses to tests/golden/")
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return AutoTokenizer.from_pretrained(REASONER)

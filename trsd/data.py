@@ -114,6 +114,8 @@ class RowReader:
         self.tokenizer = tokenizer
         self.think = think
         self.fingerprint = tokenizer_fingerprint(tokenizer)
+        # A model's generation config may name further ones than its tokenizer; all are special.
+        self.stop_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
     def read(self, row: dict[str, Any], *, where: str) -> Question | Trace | str:
         """A question, a trace, or the reason why the row is dropped."""
@@ -142,7 +144,7 @@ class RowReader:
             "question + answer, or conversations, or input + output"
         )
 
-    def _stored(self, row: dict[str, Any], *, where: str) -> Trace:
+    def _stored(self, row: dict[str, Any], *, where: str) -> Trace | str:
         trace = trace_from_row(row, where=where, tokenizer_fingerprint=self.fingerprint)
         highest = max(max(ids, default=0) for ids in (getattr(trace, name) for name in ID_FIELDS))
         if highest >= len(self.tokenizer):
@@ -153,7 +155,12 @@ class RowReader:
                 f"{where}: its thinking is closed by {close!r}, without the close_tag {self.think.close_tag!r}: "
                 "give the tags that the trace was written with"
             )
-        return trace
+        if trace.answer_ids[-1] not in self.stop_ids:
+            raise InputError(
+                f"{where}: its answer ends with {self.tokenizer.decode(trace.answer_ids[-1:])!r}, which is no stop "
+                f"token such as {self.tokenizer.eos_token!r}: a model would never learn to stop; end answer_ids with it"
+            )
+        return trace if len(trace.answer_ids) > 1 else NO_ANSWER
 
     def _messages(self, row: dict[str, Any], *, where: str) -> Question | Trace | str:
         messages = row["messages"]

@@ -1,10 +1,11 @@
 """What every stage of a run shares: recipe, folder, tokenizer, think format, models, device and precision."""
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trsd.adapters import add_adapter, load_adapter
 from trsd.data import Question, describe_drops, load_data
@@ -18,6 +19,7 @@ from trsd.grading import check_grader
 from trsd.metrics import progress_bar
 from trsd.models import (
     check_same_tokenizer,
+    load_config,
     load_model,
     load_tokenizer,
     logit_options,
@@ -41,9 +43,7 @@ class Job(Placement):
         if teacher:
             other = load_tokenizer(self.teacher_folder, trust_remote_code=recipe.trust_remote_code)
             check_same_tokenizer(self.tokenizer, other, student=self.student_folder, teacher=self.teacher_folder)
-        configs = [
-            AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code) for folder in self._folders
-        ]
+        configs = [load_config(folder, trust_remote_code=recipe.trust_remote_code) for folder in self._folders]
         super().__init__(recipe, *configs, device="cuda" if torch.cuda.is_available() else "cpu")
         if recipe.teacher == "online_fp8" and not self.bf16:
             raise InputError("teacher: online_fp8 takes a teacher that is read in bf16: add --bf16 True, or use online")
@@ -58,6 +58,17 @@ class Job(Placement):
         self.think = ThinkFormat.of(
             self.tokenizer, closer=recipe.closer, open_tag=recipe.open_tag, close_tag=recipe.close_tag
         )
+        question = self.think.prompt_ids(self.tokenizer, [{"role": "user", "content": "?"}])
+        self.check_ids([*question, *self.think.closer_ids, self.tokenizer.eos_token_id])
+
+    def check_ids(self, ids: Iterable[int]) -> None:
+        """Raise InputError for a token that student or teacher has no row for: tokenizers may know more than models."""
+        if (highest := max(ids)) >= self.vocab_size:
+            raise InputError(
+                f"token {highest} ({self.tokenizer.decode([highest])!r}) is none of the {self.vocab_size} that student "
+                f"and teacher have, while their tokenizer knows {len(self.tokenizer)}: give the tokenizer that the "
+                "models were trained with, or resize their embeddings"
+            )
 
     @cached_property
     def texts(self) -> list[str]:

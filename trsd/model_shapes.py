@@ -88,7 +88,7 @@ def config_of(name_or_path: str) -> PreTrainedConfig:
     if name.lower() in known and not Path(name_or_path).is_dir():
         return SHAPES[known[name.lower()]]()
     try:
-        return AutoConfig.from_pretrained(model_folder(name_or_path))
+        return AutoConfig.from_pretrained(model_folder(name_or_path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.7)
         hint = f"did you mean {known[near[0]]}? " if near else ""

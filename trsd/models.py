@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from trsd.errors import InputError
@@ -52,6 +52,14 @@ def quieten_transformers() -> None:
     """Errors only, and no bars: what a command has to say it says itself."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The folder's config."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise InputError(f"the config of {folder} cannot be read: {error}") from error
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -37,7 +37,7 @@ from trsd.methods.palign import complete_prefixes
 from trsd.methods.trsd import TRSD
 from trsd.models import tokenizer_fingerprint, weights_fingerprint
 from trsd.sentences import sentence_token_ends
-from trsd.traces import Trace, read_traces, write_traces
+from trsd.traces import ID_FIELDS, Trace, read_traces, write_traces
 from trsd.truncation import Truncation, build_truncation
 
 
@@ -80,7 +80,9 @@ def _stored(job: Job, path: Path, drops: Path, make: Callable[[], tuple[list[Tra
                 write_json(drops, dropped)
                 write_traces(path, traces)
     job.ranks.wait()
-    return read_traces(path, tokenizer_fingerprint=tokenizer_fingerprint(job.tokenizer))
+    traces = read_traces(path, tokenizer_fingerprint=tokenizer_fingerprint(job.tokenizer))
+    job.check_ids(token for trace in traces for name in ID_FIELDS for token in getattr(trace, name))
+    return traces
 
 
 def _describe(traces: Sequence[Trace], dropped: dict[str, int], what: str = "") -> None:

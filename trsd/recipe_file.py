@@ -25,10 +25,14 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def _as_flags(values: dict[str, Any], path: Path) -> list[str]:
-    """YAML values as command-line words, so that one parser checks both; unknown keys are refused here."""
+def _as_flags(values: dict[str, Any], path: Path) -> tuple[list[str], dict[str, str | None]]:
+    """YAML values as (command-line words, so that one parser checks both; texts, which no parser may read).
+
+    Unknown keys are refused here.
+    """
     known = {entry.name: entry.type for entry in fields(Recipe)}
-    words = []
+    words: list[str] = []
+    texts: dict[str, str | None] = {}
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
@@ -36,10 +40,13 @@ def _as_flags(values: dict[str, Any], path: Path) -> list[str]:
             fail(f"{path}: unknown key {key!r}{hint}")
         if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, list | dict) for v in value)):
             fail(f"{path}: {key}: expected a plain value, got {value!r}")
-        if known[key] in (str, str | None) and not isinstance(value, known[key]):
-            fail(f"{path}: {key}: expected text, got {value!r} (put it in quotes if it is meant as text)")
+        if known[key] in (str, str | None):
+            if not isinstance(value, known[key]):
+                fail(f"{path}: {key}: expected text, got {value!r} (put it in quotes if it is meant as text)")
+            texts[key] = value
+            continue
         words += [f"--{key}", ",".join(str(part) for part in value) if isinstance(value, list) else str(value)]
-    return words
+    return words, texts
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -61,15 +68,18 @@ def _yaml_values(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys) or {}
     except OSError as error:
         fail(f"no recipe at {path} ({error.strerror}); shipped: {', '.join(shipped_recipes())}")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
+        # The last three are what PyYAML raises for values that are not what their form or tag says, or too deep.
         fail(f"{path} is not YAML: {error}")
     if not isinstance(values, dict):
         fail(f"{path}: expected `key: value` lines, got {type(values).__name__}")
     base = values.pop("base", None)
     if base is None:
         return values
-    beside = path.parent / str(base)
-    below = _yaml_values(beside if beside.is_file() else resolve_config(str(base)), (*seen, path.resolve()))
+    if not isinstance(base, str) or "\0" in base:
+        fail(f"{path}: base: expected a YAML file or a shipped recipe ({', '.join(shipped_recipes())}), got {base!r}")
+    beside = path.parent / base
+    below = _yaml_values(beside if beside.is_file() else resolve_config(base), (*seen, path.resolve()))
     if "method" in values and values["method"] != below.get("method", Recipe.method):
         below = {name: value for name, value in below.items() if not belongs_to_a_method(name)}
     return below | values
@@ -77,9 +87,9 @@ def _yaml_values(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def load_recipe(path: Path) -> Recipe:
     """The recipe of a YAML file over its ``base`` and the defaults; exits with code 2 when it is wrong."""
-    values = _yaml_values(path)
+    words, texts = _as_flags(_yaml_values(path), path)
     try:
-        return parse_flags(Recipe, _as_flags(values, path), prog=str(path))
+        return replace(parse_flags(Recipe, words, prog=str(path)), **texts)
     except SystemExit:
         print(f"error: the value above is wrong in {path}", file=sys.stderr)
         raise

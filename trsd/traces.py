@@ -152,7 +152,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         _, parquet = _parquet()
         try:
             rows = parquet.read_table(path).to_pylist()
-        except ValueError as error:  # what pyarrow raises is one
+        except (ValueError, OSError) as error:  # what pyarrow raises is one of them
             raise InputError(f"{path} is no parquet file that can be read ({error})") from None
         for number, row in enumerate(rows, start=1):
             yield f"{path}:{number}", row
