@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from trsd.adapters import has_adapter, save_adapted
 from trsd.files import share_like_folder
+from trsd.optim import restore_state, state_tensors
 
 STATE = "state"
 
@@ -79,25 +80,12 @@ def sweep(output_dir: Path) -> None:
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as ``<state>/<parameter name>`` tensors."""
-    return {
-        f"{key}/{name}": torch.as_tensor(value).detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    return state_tensors(model, optimizer)
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Undo ``optimizer_tensors``; raises when the names or shapes are not this model's."""
-    parameters = dict(model.named_parameters())
-    fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
-    for key, value in tensors.items():
-        entry, _, name = key.partition("/")
-        if name not in parameters or (value.ndim and value.shape != parameters[name].shape):
-            raise ValueError(f"the checkpoint's optimizer state {key} fits no parameter of this model")
-        parameter = parameters[name]
-        # AdamW keeps its moments beside the parameter, and its step counter on the CPU unless it is one fused kernel.
-        beside = value.ndim or id(parameter) in fused
-        optimizer.state[parameter][entry] = value.to(parameter.device) if beside else value
+    restore_state(model, optimizer, tensors)
 
 
 def random_state() -> dict[str, Tensor]:

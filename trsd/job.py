@@ -22,6 +22,7 @@ from trsd.models import (
     logit_options,
     model_folder,
 )
+from trsd.optim import optimizer_class
 from trsd.placement import Placement
 from trsd.recipe import Recipe
 from trsd.thinking import ThinkFormat, token_texts
@@ -43,6 +44,7 @@ class Job(Placement):
             AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code) for folder in self._folders
         ]
         super().__init__(recipe, *configs, device="cuda" if torch.cuda.is_available() else "cpu")
+        optimizer_class(recipe.optim, on_gpu=self.device == "cuda")  # a missing package is said before any work
         if recipe.teacher == "online_fp8" and not self.bf16:
             raise InputError("teacher: online_fp8 takes a teacher that is read in bf16: add --bf16 True, or use online")
         if recipe.teacher == "top_k_cache" and recipe.teacher_top_k > self.vocab_size:

@@ -30,7 +30,9 @@ class Loop:
         num_traces = len(method.traces)
         self.stream = TraceStream(num_traces, batch_size=recipe.train_batch_size, seed=recipe.seed)
         self.num_steps = recipe.max_steps or math.ceil(recipe.num_train_epochs * num_traces / recipe.train_batch_size)
-        self.optimizer = build_optimizer(model, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        self.optimizer = build_optimizer(
+            model, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay, name=recipe.optim
+        )
         student_logits = logit_options(model.config, "student")
         self.objective = Objective(
             vocab_size=placement.vocab_size,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 TeacherKind = Literal["hidden_cache", "top_k_cache", "vector_cache", "online", "online_fp8", "adapter_off"]
+Optim = Literal["adamw_torch", "adamw_torch_8bit", "adamw_torch_4bit", "adamw_bnb_8bit"]
 AttentionBackend = Literal["auto", "triton", "flash_attn_4", "flash_attn_3", "flash_attn_2", "torch", "sdpa"]
 
 
@@ -114,6 +115,9 @@ class Recipe:
     """Share of the steps that warm up."""
     weight_decay: float = 0.0
     """AdamW's decay of matrices; norms and biases never decay."""
+    optim: Optim = "adamw_torch"
+    """AdamW with moments in fp32 (adamw_torch), in 8 or 4 bits by torchao (adamw_torch_8bit, adamw_torch_4bit), or in 8
+    bits by bitsandbytes (adamw_bnb_8bit)."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     num_train_epochs: float = 1.0

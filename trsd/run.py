@@ -40,6 +40,7 @@ LATER = {  # what neither traces nor teacher targets depend on: free between trs
     "lr_scheduler_type",
     "warmup_ratio",
     "weight_decay",
+    "optim",
     "max_grad_norm",
     "num_train_epochs",
     "max_steps",

@@ -25,6 +25,7 @@ from trsd.loop import Loop
 from trsd.loop_meter import ACTIVATIONS, LOSS_WORK, LoopMeter
 from trsd.methods import Method, TeacherExamples
 from trsd.models import refuse_unsupported
+from trsd.optim import state_bytes
 from trsd.placement import Placement
 from trsd.recipe import ONLINE
 from trsd.step_meter import ATTENTION, OPTIMIZER, TEACHER, StepMeter
@@ -181,7 +182,7 @@ class _Simulation:
             parameter.grad = torch.empty_like(parameter)
         self.loop.optimizer.step()
         self.loop.optimizer.zero_grad()
-        return sum(x.nbytes for state in self.loop.optimizer.state.values() for x in state.values() if x.ndim)
+        return state_bytes(self.loop.optimizer)
 
     def _optimizer_step(self) -> None:
         """On a CPU with torch's temporaries; on a GPU one kernel, which reads and writes everything once."""
