@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from trsd.adapters import add_adapter, load_adapter
+from trsd.adapters import adapter_options, add_adapter, load_adapter
 from trsd.data import Question, describe_drops, load_data
 from trsd.decoding import Decoder
 from trsd.engines import Sampling, eos_ids_of
@@ -92,7 +92,7 @@ class Job(Placement):
         """
         if rank := self.recipe.lora_rank:
             model = self.reader(self.student_folder)
-            add_adapter(model, rank, seed=self.recipe.seed)
+            add_adapter(model, rank, seed=self.recipe.seed, **adapter_options(self.recipe))
             if folder:
                 load_adapter(model, folder)
         else:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
-from trsd.adapters import add_adapter
+from trsd.adapters import adapter_options, add_adapter
 from trsd.batching import pack_examples
 from trsd.ceilings import Ceilings
 from trsd.errors import InputError
@@ -103,7 +103,7 @@ class _Simulation:
         )
         if self.recipe.lora_rank:
             with torch.device("meta"):
-                add_adapter(student, self.recipe.lora_rank, seed=0)
+                add_adapter(student, self.recipe.lora_rank, seed=0, **adapter_options(self.recipe))
         if self.recipe.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         self.student = student.train()
