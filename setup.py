@@ -55,6 +55,7 @@ setup(
         "vllm": ["vllm>=0.20"],
         "flash-attn": ["flash-attn>=2.7"],
         "lora": ["peft>=0.19.1"],
+        "lowbit": ["torchao>=0.15", "bitsandbytes>=0.49"],
         "liger": ["liger-kernel>=0.8"],
         "tracking": ["tensorboard>=2.18", "wandb>=0.19", "trackio>=0.2"],
     },

@@ -1,8 +1,11 @@
 """LoRA through peft: what is trained, what a checkpoint holds, and training that goes on bit for bit."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from trsd.adapters import adapter_off, add_adapter, load_adapter, merged_state
-from trsd.checkpoint import optimizer_tensors, shell_of, take_snapshot, write_snapshot
+from trsd.checkpoint import shell_of, take_snapshot, write_snapshot
 from trsd.errors import InputError
 from trsd.models import packed_hidden_states
-from trsd.optim import build_optimizer
+from trsd.optim import build_optimizer, state_tensors
 from trsd_kernels import packed_layout
 
 peft = pytest.importorskip("peft")
@@ -155,7 +158,7 @@ def test_the_adapters_state_is_all_the_optimizer_holds(tokenizer):
     optimizer = build_optimizer(model, learning_rate=1e-3, weight_decay=0.1)
     hidden_states(model).sum().backward()
     optimizer.step()
-    assert all(".lora_" in key for key in optimizer_tensors(model, optimizer))
+    assert all(".lora_" in key for key in state_tensors(model, optimizer))
 
 
 def test_recomputed_activations_have_the_adapter_on(run):
@@ -224,3 +227,91 @@ def test_a_student_that_caps_its_logits_has_no_vectors_but_trains_an_adapter(run
     error = refusal(capsys, lambda: run("run", teacher="vector_cache", **flags))
     assert "this student caps them" in error and not (tiny_folder.parent / "run").exists()
     assert losses(run("run", teacher="adapter_off", **flags))[0][1] > 0
+
+
+def trained_layers(model):
+    return {name.partition(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    "names,count",
+    [
+        (("q_proj", "v_proj"), 4),
+        (("mlp.up_proj",), 2),
+        (("layers.1.self_attn.o_proj", "model.layers.0.mlp.down_proj"), 2),
+    ],
+)
+def test_named_layers_alone_get_an_adapter(tokenizer, names, count):
+    model = make_tiny_model(tokenizer)
+    add_adapter(model, 4, seed=0, target_modules=names)
+    layers = trained_layers(model)
+    assert len(layers) == count and all(any(layer.endswith(name) for name in names) for layer in layers)
+
+
+def test_alpha_scales_what_the_adapter_adds_and_what_is_merged(tokenizer):
+    found = []
+    for alpha in (None, 8, 16):
+        model = make_tiny_model(tokenizer)
+        add_adapter(model, 4, seed=0, alpha=alpha)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.fill_(0.01)
+        found.append(merged_state(model)["model.layers.0.mlp.up_proj.weight"])
+    weight = make_tiny_model(tokenizer).get_submodule("model.layers.0.mlp.up_proj").weight
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[2] - weight, 2 * (found[1] - weight), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["qproj", "proj", "mlp", "input_layernorm", ""])
+def test_a_name_that_fits_no_linear_layer_is_refused_with_those_that_do(tokenizer, name):
+    with pytest.raises(InputError, match="expected some of down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj"):
+        add_adapter(make_tiny_model(tokenizer), 4, seed=0, target_modules=["q_proj", name])
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "model.embed_tokens"])
+def test_an_adapter_that_the_loss_would_not_see_is_refused(tokenizer, name, tie):
+    model = make_tiny_model(tokenizer, tie=tie)
+    with pytest.raises(InputError, match="the loss would not see.*leave it out"):
+        add_adapter(model, 4, seed=0, target_modules=["q_proj", name])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_run_trains_the_layers_it_names_and_resumes(run, tmp_path, tiny_folder, capsys):
+    flags = FLAGS | dict(lora_target_modules="q_proj,o_proj", lora_alpha=3)
+    whole = run("whole", **flags)
+    config = json.loads((whole / "checkpoint-4" / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["o_proj", "q_proj"] and config["lora_alpha"] == 3
+    before, after = load_file(tiny_folder / "model.safetensors"), load_file(whole / "checkpoint-4/model.safetensors")
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        name for name in before if "q_proj" in name or "o_proj" in name
+    }
+    shutil.rmtree(whole / "checkpoint-4")
+    wanted = losses(whole)
+    run("whole", resume_from_checkpoint="latest", **flags)
+    assert losses(whole) == wanted
+    assert "lm_head is an embedding" in refusal(
+        capsys, lambda: run("other", lora_rank=4, lora_target_modules="lm_head")
+    )
+
+
+def test_an_adapters_files_are_the_same_whatever_the_hash_seed(tmp_path):
+    """peft keeps target_modules in a set, whose order changes from process to process."""
+    code = (
+        "import sys; from conftest import make_tiny_model, REASONER; from transformers import AutoTokenizer; "
+        "from pathlib import Path; from trsd.adapters import add_adapter; from test_adapters import save_adapted; "
+        "model = make_tiny_model(AutoTokenizer.from_pretrained(REASONER)); add_adapter(model, 4, seed=0); "
+        "save_adapted(model, Path(sys.argv[1]))"
+    )
+    folders = []
+    for seed in ("1", "2"):
+        folders.append(tmp_path / seed)
+        places = [str(Path(__file__).parent), *sys.path]
+        environment = os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(places)}
+        subprocess.run([sys.executable, "-c", code, folders[-1]], check=True, env=environment, capture_output=True)
+    files = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.is_file())
+    assert len(files) >= 4
+    for file in files:
+        assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file
+    names = json.loads((folders[0] / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert names == sorted(names)

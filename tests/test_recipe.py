@@ -178,6 +178,8 @@ def test_a_method_alone_is_its_demo(words):
         ("method: sft\ntruncation: first_derivation\nkeep_fraction: 0.3\n", "decides by itself"),
         ("teacher_top_k: 0\n", "teacher_top_k: expected at least 1"),
         ("lora_rank: 0\n", "lora_rank: expected at least 1"),
+        ("lora_alpha: 8\n", "lora_alpha: there is no adapter without lora_rank"),
+        ("lora_target_modules: [q_proj]\n", "lora_target_modules: there is no adapter without lora_rank"),
         ("teacher: vector_cache\n", "teacher: vector_cache needs lora_rank, without it the lm_head would move"),
         ("teacher: adapter_off\n", "teacher: adapter_off needs lora_rank, without it there is no adapter"),
         ("teacher: vector_cache\nlora_rank: 8\ndivergence: jsd\n", "vector_cache holds the forward KL only"),

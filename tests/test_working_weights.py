@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_tiny_model
 
-from trsd.models import packed_hidden_states
+from trsd.models import PACKED_ATTENTION, packed_hidden_states
 from trsd.working_weights import WorkingWeights
 from trsd_kernels import packed_layout
 
@@ -106,3 +106,55 @@ def test_without_a_dtype_the_parameters_themselves_work(tokenizer):
     with weights.in_use():
         assert torch.equal(hidden_states(model), wanted)
     assert weights.num_bytes == 0
+
+
+def routed_model():
+    """A tiny mixture of experts whose class keeps its router in fp32."""
+    from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Ernie4_5_MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_layer_start_index=0,
+        tie_word_embeddings=True,
+    )
+    model = Ernie4_5_MoeForCausalLM(config)
+    model.set_attn_implementation(PACKED_ATTENTION)
+    return model.eval()
+
+
+def test_parameters_that_transformers_keeps_in_fp32_have_no_copy(tmp_path):
+    model = routed_model()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    wanted = {name: p.dtype for name, p in loaded.named_parameters() if "embed" not in name}
+    routers = {name for name, dtype in wanted.items() if dtype == torch.float32}
+    assert routers and all("gate.weight" in name or "moe_statics" in name for name in routers)
+    weights = WorkingWeights(model, torch.bfloat16)
+    with weights.in_use():
+        inside = {name: p.dtype for name, p in model.named_parameters() if "embed" not in name}
+        hidden = hidden_states(model)
+        assert hidden.dtype == torch.bfloat16 and hidden.isfinite().all()
+        hidden.float().pow(2).sum().backward()
+    assert inside == wanted
+    assert all(p.grad.dtype == torch.float32 for _, p in model.named_parameters() if p.grad is not None)
+
+
+def test_a_name_of_a_module_to_keep_covers_all_below_it_and_the_fp16_list_is_for_fp16(tokenizer):
+    def copied(dtype):
+        model = make_tiny_model(tokenizer)
+        model._keep_in_fp32_modules_strict, model._keep_in_fp32_modules = {"input_layernorm"}, {"layers.*.mlp"}
+        with WorkingWeights(model, dtype).in_use():
+            return {name for name, parameter in model.named_parameters() if parameter.dtype == dtype}
+
+    every = {name for name, _ in make_tiny_model(tokenizer).named_parameters() if "embed" not in name}
+    assert copied(torch.bfloat16) == {name for name in every if "input_layernorm" not in name}
+    assert copied(torch.float16) == {name for name in every if "input_layernorm" not in name and "mlp" not in name}

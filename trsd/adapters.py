@@ -1,16 +1,18 @@
 """LoRA through peft: a student whose linear layers get a trained product of two thin matrices, all else frozen.
 
-    y = W x + 2 B A x,    A [rank, in], B [out, rank], B = 0 at the start (arXiv 2106.09685; alpha = 2 rank)   (1)
+    y = W x + s B A x,    A [rank, in], B [out, rank], B = 0 at the start, s = alpha / rank (arXiv 2106.09685)  (1)
 
 The adapter is put into the transformers model itself, which stays what it is to everyone else: its body, its lm_head
-and its embeddings, both frozen, are where they were. A checkpoint holds W + 2 B A as a plain model folder, for whoever
+and its embeddings, both frozen, are where they were. A checkpoint holds W + s B A as a plain model folder, for whoever
 loads it, and the adapter in ``adapter/`` in peft's format, from which training goes on exactly.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -25,25 +27,27 @@ CONFIG = "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
 
 
-def add_adapter(model: PreTrainedModel, rank: int, *, seed: int) -> None:
-    """Freeze ``model`` and give every linear layer of its body an adapter, in fp32 and in effect.
+def add_adapter(
+    model: PreTrainedModel, rank: int, *, seed: int, alpha: int | None = None, target_modules: Sequence[str] = ()
+) -> None:
+    """Freeze ``model`` and give linear layers of its body an adapter, in fp32 and in effect.
 
     Args:
         model: any that ``load_model`` made.
         rank: of the adapter, at least 1.
         seed: of A.
+        alpha: B A counts alpha / rank; left out, 2 rank.
+        target_modules: which layers, as peft spells them: a name, or a path's end; empty: all.
 
     Raises:
         ImportError: peft is not installed.
-        InputError: the body has no linear layer.
+        InputError: the body has no linear layer, or a name fits none.
     """
     config_class = _peft().LoraConfig
-    layers = {name.rpartition(".")[2] for name, m in model.get_decoder().named_modules() if isinstance(m, nn.Linear)}
-    if not layers:
-        raise InputError(f"lora_rank: {type(model).__name__} has no linear layers to adapt: leave it out")
+    layers = _target_layers(model, target_modules)
     model.requires_grad_(False)
     config = config_class(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=sorted(layers), task_type="CAUSAL_LM"
+        r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=0.0, target_modules=layers, task_type="CAUSAL_LM"
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -51,6 +55,36 @@ def add_adapter(model: PreTrainedModel, rank: int, *, seed: int) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:  # peft makes them in the precision of the layer, too coarse for small steps
             parameter.data = parameter.data.float()
+
+
+def adapter_options(recipe: Any) -> dict[str, Any]:
+    """What a ``Recipe`` says of its adapter, beside the rank and the seed, as ``add_adapter`` takes it."""
+    return {"alpha": recipe.lora_alpha, "target_modules": recipe.lora_target_modules}
+
+
+def _target_layers(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
+    """``wanted``, or the names of all linear layers of the body; refuses what could not be trained."""
+    body = {id(module) for module in model.get_decoder().modules() if isinstance(module, nn.Linear)}
+    paths = [f".{path}" for path, module in model.named_modules() if id(module) in body]
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    if not names:
+        raise InputError(f"lora_rank: {type(model).__name__} has no linear layers to adapt: leave it out")
+    outer = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    outside = [f".{path}" for path, module in model.named_modules() if id(module) in outer]
+    for name in wanted:
+        end = f".{name}"
+        if any(path.endswith(end) for path in outside):
+            raise InputError(
+                f"lora_target_modules: {name} is an embedding or the lm_head, whose adapter the loss would not see, "
+                f"for it takes the weight itself: leave it out (all weights, these too, learn without lora_rank); "
+                f"layers of the body are {', '.join(names)}"
+            )
+        if not any(path.endswith(end) for path in paths):
+            raise InputError(
+                f"lora_target_modules: no linear layer of {type(model).__name__}'s body is called {name}: expected "
+                f"some of {', '.join(names)}"
+            )
+    return sorted(set(wanted)) or names
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -73,8 +107,10 @@ def adapter_files(model: PreTrainedModel) -> tuple[dict[str, dict[str, Tensor]],
     tensors = {PEFT_PREFIX + key: tensor for key, tensor in model.get_adapter_state_dict().items()}
     with TemporaryDirectory() as folder:
         model.peft_config["default"].save_pretrained(folder)
-        config = (Path(folder) / CONFIG).read_bytes()
-    return {f"{ADAPTER}/{WEIGHTS}": tensors}, {f"{ADAPTER}/{CONFIG}": config}
+        config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    # A set in peft, and so in another order in every process.
+    config["target_modules"] = sorted(config["target_modules"])
+    return {f"{ADAPTER}/{WEIGHTS}": tensors}, {f"{ADAPTER}/{CONFIG}": (json.dumps(config, indent=2) + "\n").encode()}
 
 
 @torch.no_grad()

@@ -29,9 +29,10 @@ from transformers import PreTrainedModel
 
 from trsd.adapters import adapter_files, has_adapter, merged_state
 from trsd.checkpoint_folders import TRAINER, keep_within, publish, temporary_folder
-from trsd.checkpoint_shards import SHARDS, empty_state, gathered_weights, load_shards, save_shards
+from trsd.checkpoint_shards import SHARDS, empty_state, gathered_weights, load_shards, save_shards, sharded_state
 from trsd.errors import InputError
 from trsd.manifest import read_json_object
+from trsd.optim import restore_state, state_tensors
 from trsd.ranks import Ranks
 
 STATE = "state"
@@ -112,7 +113,7 @@ class Checkpointer:
             self._shell = self._shell or shell_of(model)
             snapshot = take_snapshot(step, model=model, optimizer=optimizer, trainer=trainer, ranks=self.ranks)
             if self.ranks.size > 1:
-                self._shards = self._begin_shards(step, optimizer_tensors(model, optimizer))
+                self._shards = self._begin_shards(step, sharded_state(model, optimizer))
         except (MemoryError, RuntimeError) as error:  # copies that do not fit in memory must not end the training
             if self.ranks.size > 1:
                 raise  # the other ranks wait for this one
@@ -215,7 +216,7 @@ def take_snapshot(
     else:
         weights = _copies(model.state_dict())
     if not sharded:
-        tensors[OPTIMIZER] = _copies(optimizer_tensors(model, optimizer))
+        tensors[OPTIMIZER] = _copies(state_tensors(model, optimizer))
     tensors[RANDOM] = random_state()
     contents[TRAINER.as_posix()] = (json.dumps({**trainer, "step": step}) + "\n").encode()
     return Snapshot(step, weights, tensors, contents)
@@ -272,38 +273,11 @@ def load_state(
         raise InputError(f"{folder / TRAINER}: expected the step that the folder's name says, got {step!r}")
     moments, random = _optimizer_state(folder, model, ranks or Ranks()), _tensors(folder / RANDOM)
     check_random_state(random, where=folder / RANDOM)
-    restore_optimizer(model, optimizer, moments)
+    restore_state(model, optimizer, moments)
     if step and not moments:
         raise InputError(f"{folder / OPTIMIZER} holds no state after {step} steps: the checkpoint cannot be resumed")
     restore_random_state(random)
     return step, trainer
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as ``<state>/<parameter name>`` tensors."""
-    return {
-        f"{key}/{name}": torch.as_tensor(value).detach()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Undo ``optimizer_tensors``, with copies; InputError when names, shapes or dtypes are not this model's."""
-    parameters = dict(model.named_parameters())
-    fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
-    for key, value in tensors.items():
-        entry, _, name = key.partition("/")
-        parameter = parameters.get(name)
-        if parameter is None or (value.ndim and (value.shape, value.dtype) != (parameter.shape, parameter.dtype)):
-            raise InputError(
-                f"the checkpoint's optimizer state {key}, {value.dtype} of shape {list(value.shape)}, fits no "
-                "parameter of this model: it is that of another model or vocabulary"
-            )
-        # AdamW keeps its moments beside the parameter, and its step counter on the CPU unless it is one fused kernel.
-        beside = value.ndim or id(parameter) in fused
-        # Copied, for a loaded tensor is a view of the file.
-        optimizer.state[parameter][entry] = value.to(parameter.device if beside else value.device, copy=True)
 
 
 def _optimizer_state(folder: Path, model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:

@@ -47,6 +47,15 @@ def save_shards(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> Futur
         return dcp.async_save(tensors, storage_writer=writer, process_group=ranks.patient)
 
 
+def sharded_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as ``<state>/<parameter name>`` tensors, each rank's shards of them."""
+    return {
+        f"{key}/{name}": torch.as_tensor(value)
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
 def load_shards(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     """Fill ``tensors``, sharded or not, from the optimizer state of a checkpoint that one rank or several wrote.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from trsd.adapters import add_adapter, load_adapter
+from trsd.adapters import adapter_options, add_adapter, load_adapter
 from trsd.data import Question, describe_drops, load_data
 from trsd.decoding import Decoder
 from trsd.engines import Sampling, eos_ids_of
@@ -25,6 +25,7 @@ from trsd.models import (
     logit_options,
     model_folder,
 )
+from trsd.optim import optimizer_class
 from trsd.placement import Placement
 from trsd.ranks import Ranks
 from trsd.recipe import Recipe
@@ -45,6 +46,7 @@ class Job(Placement):
             check_same_tokenizer(self.tokenizer, other, student=self.student_folder, teacher=self.teacher_folder)
         configs = [load_config(folder, trust_remote_code=recipe.trust_remote_code) for folder in self._folders]
         super().__init__(recipe, *configs, device="cuda" if torch.cuda.is_available() else "cpu")
+        optimizer_class(recipe.optim, on_gpu=self.device == "cuda")  # a missing package is said before any work
         if recipe.teacher == "online_fp8" and not self.bf16:
             raise InputError("teacher: online_fp8 takes a teacher that is read in bf16: add --bf16 True, or use online")
         if recipe.teacher == "top_k_cache" and recipe.teacher_top_k > self.vocab_size:
@@ -103,7 +105,7 @@ class Job(Placement):
         """
         if rank := self.recipe.lora_rank:
             model = self.reader(self.student_folder, sharded=self.ranks.size > 1)
-            add_adapter(model, rank, seed=self.recipe.seed)
+            add_adapter(model, rank, seed=self.recipe.seed, **adapter_options(self.recipe))
             if folder:
                 load_adapter(model, folder)
         else:

@@ -67,7 +67,9 @@ class Loop:
             mesh = ranks.mesh(recipe.shard_group_size)
             shard_student(self.student, mesh, dtype=dtype, cpu_offload=recipe.cpu_offload)
         self.weights = WorkingWeights(model, dtype, copied=ranks.size == 1)
-        self.optimizer = build_optimizer(model, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        self.optimizer = build_optimizer(
+            model, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay, name=recipe.optim
+        )
         self.guard = StepGuard(recipe.max_grad_norm, max_skipped_steps=recipe.max_skipped_steps)
         self.prefetcher = Prefetcher(self.rows_of, self.num_steps)
 

@@ -1,17 +1,23 @@
-"""Average models: ``python -m trsd.merge --models runs/a/checkpoint-150,runs/b/checkpoint-150 --output merged``.
+"""Merge models: average several, or put an adapter into the model it was trained on.
+
+    python -m trsd.merge --models runs/a/checkpoint-150,runs/b/checkpoint-150 --output merged
+    python -m trsd.merge --adapter runs/a/checkpoint-150/adapter --model BASE --output merged
 
     theta = sum_i w_i theta_i,    sum_i w_i = 1                                                                (1)
+    W' = W + s B A,               s = alpha / rank (alpha / sqrt(rank) with use_rslora)                        (2)
 
 Merge-of-Thought (arXiv 2509.08814) trains, in every round, one branch per teacher from the same start and goes on from
-their mean. Weights are read tensor by tensor and summed in fp32 (fp64 for fp64), so memory is one shard of the output
-and one tensor; config, tokenizer and the other files are the first model's. The output is whole or not there.
+their mean. Weights are read tensor by tensor. (1) is summed in fp32 (fp64 for fp64) and kept as the first model's; (2)
+is kept in fp32, for a half precision would lose an adapter's small steps. Memory is one shard of the output and one
+tensor; config, tokenizer and the other files are the first or base model's. The output is whole or not there.
 """
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,23 +27,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trsd.adapters import ADAPTER, CONFIG, PEFT_PREFIX, WEIGHTS
 from trsd.command import run_command
 from trsd.errors import InputError
-from trsd.files import share_like_folder
+from trsd.files import share_like_folder, write_json
 from trsd.models import load_tokenizer, model_folder, tokenizer_fingerprint
 
 # What a config may differ in without being another model.
 LOOSE_FIELDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+# Files of weights, which would be those of another model than the one beside them.
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
+INDEX = "model.safetensors.index.json"
+# Fields of an adapter's config under which (2) is not the whole of it.
+BEYOND_LORA = ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeArguments:
-    """Average the weights of models that share an architecture and a tokenizer."""
+    """Average the weights of models that share an architecture and a tokenizer, or merge an adapter into its model."""
 
-    models: tuple[str, ...]
-    """Model folders or hub names, two or more; the first also gives config and tokenizer."""
     output: Path
     """The model folder to write."""
+    models: tuple[str, ...] = ()
+    """To average: model folders or hub names, two or more; the first also gives config and tokenizer."""
+    adapter: Path | None = None
+    """To merge: the folder of a LoRA adapter in peft's format, or a checkpoint that holds one in adapter/."""
+    model: str | None = None
+    """The model that the adapter was trained on: a folder or hub name."""
     weights: tuple[float, ...] = ()
     """What each model counts; scaled to sum to 1. Left out: all the same."""
 
@@ -87,32 +103,129 @@ def merge(folders: Sequence[Path], output: Path, *, weights: Sequence[float] = (
         InputError: models that are not alike, by what differs first, or weights that make no mean.
     """
     shares = _shares(weights, len(folders))
+    with _new_folder(output) as temporary, ExitStack() as stack:
+        models = [Checkpoint(folder, stack) for folder in folders]
+        _refuse_unlike(models)
+        _write_model(models[0], temporary, lambda name: _mean(models, shares, name))
+        lines = [f"- {share:.4g} x {folder}" for folder, share in zip(folders, shares, strict=True)]
+        _write_card(temporary, ["The mean of the weights of", "", *lines])
+
+
+def merge_adapter(adapter: Path, base: Path, output: Path) -> None:
+    """Write (2) of the adapter in ``adapter`` and the model in ``base`` to ``output``, in fp32.
+
+    Args:
+        adapter: a folder in peft's format, or one that holds such a folder as ``adapter``.
+        base: the model folder that it was trained on.
+        output: the folder to write; it must not exist.
+
+    Raises:
+        InputError: an adapter that is no plain LoRA in safetensors, or is another model's, by what does not fit.
+    """
+    folder = adapter if (adapter / CONFIG).exists() or not (adapter / ADAPTER).is_dir() else adapter / ADAPTER
+    scale_of = _scaling(folder)
+    if not (folder / WEIGHTS).exists():
+        pickled = (folder / "adapter_model.bin").exists()
+        why = "adapter_model.bin is a pickle, which could run any code" if pickled else f"it holds no {WEIGHTS}"
+        raise InputError(f"{folder}: {why}; save the adapter with peft's save_pretrained, which writes safetensors")
+    with _new_folder(output) as temporary, ExitStack() as stack:
+        thin, model = Checkpoint(folder, stack), Checkpoint(base, stack)
+        pairs = _adapter_pairs(thin, model)
+
+        def merged(name: str) -> Tensor:
+            tensor = model.tensor(name)
+            tensor = tensor.float() if tensor.is_floating_point() else tensor
+            if name not in pairs:
+                return tensor
+            down, up = (thin.tensor(key).float() for key in pairs[name])
+            return tensor + (up @ down) * scale_of(down.shape[0])
+
+        _write_model(model, temporary, merged)
+        config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+        config.pop("torch_dtype", None)
+        write_json(temporary / "config.json", config | {"dtype": "float32"})
+        _write_card(temporary, [f"{base}", "", f"with the adapter {folder} merged into {len(pairs)} of its matrices"])
+
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``output`` once it is complete."""
     if output.exists():
         raise InputError(f"{output} exists already: choose another --output, or move it away")
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        with ExitStack() as stack:
-            models = [Checkpoint(folder, stack) for folder in folders]
-            _refuse_unlike(models)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            first = models[0]
-            for file in first.files:
-                tensors = {name: _mean(models, shares, name) for name in first.files[file].keys()}  # noqa: SIM118
-                save_file(tensors, temporary / file, metadata={"format": "pt"})
-            for path in first.folder.iterdir():
-                if path.is_file() and path.suffix != ".safetensors":
-                    shutil.copy2(path, temporary / path.name)
-        _write_card(temporary / "README.md", folders, shares)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
         share_like_folder(temporary)
         os.replace(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _write_model(like: Checkpoint, folder: Path, tensor_of: Callable[[str], Tensor]) -> None:
+    """Write what ``tensor_of`` says of every name to ``folder``, in the shards and beside the files of ``like``."""
+    for path in like.folder.iterdir():
+        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
+            shutil.copy2(path, folder / path.name)
+    size = 0
+    for file, opened in like.files.items():
+        tensors = {name: tensor_of(name) for name in opened.keys()}  # noqa: SIM118
+        size += sum(tensor.nbytes for tensor in tensors.values())
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if (folder / INDEX).exists():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        write_json(folder / INDEX, index | {"metadata": index.get("metadata", {}) | {"total_size": size}})
+
+
+def _scaling(folder: Path) -> Callable[[int], float]:
+    """s of (2) by the rank, as the adapter's config says; refuses what (2) does not say."""
+    path = folder / CONFIG
+    if not path.exists():
+        raise InputError(f"{folder} holds no {CONFIG}: expected an adapter in peft's format")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        alpha, kind = float(config["lora_alpha"]), config.get("peft_type", "LORA")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no LoRA adapter's config ({error!r})") from None
+    beyond = [name for name in BEYOND_LORA if config.get(name)]
+    beyond += ["bias"] if config.get("bias", "none") != "none" else []
+    if kind != "LORA" or beyond:
+        what = f"sets {', '.join(beyond)}" if beyond else f"is of type {kind}"
+        raise InputError(f"{path} {what}: expected plain LoRA; merge it with peft's merge_and_unload")
+    return (lambda rank: alpha / math.sqrt(rank)) if config.get("use_rslora") else (lambda rank: alpha / rank)
+
+
+def _adapter_pairs(adapter: Checkpoint, model: Checkpoint) -> dict[str, tuple[str, str]]:
+    """Name of a matrix of the model -> names of its A and B; refuses an adapter of another model."""
+    found: dict[str, dict[str, str]] = {}
+    for key in adapter.file_of:
+        path, inside, which = key.removeprefix(PEFT_PREFIX).partition(".lora_")
+        if not inside or which not in ("A.weight", "B.weight"):
+            raise InputError(f"{adapter.folder}: {key} is no matrix of a plain LoRA: merge it with peft")
+        found.setdefault(f"{path}.weight", {})[which[0]] = key
+    if not found:
+        raise InputError(f"{adapter.folder}: the adapter holds no matrices")
+    pairs = {}
+    for name, keys in sorted(found.items()):
+        if name not in model.file_of:
+            raise InputError(f"{adapter.folder} is the adapter of another model: {model.folder} holds no {name}")
+        if len(keys) != 2:
+            raise InputError(f"{adapter.folder}: only one of A and B is there for {name}")
+        pairs[name] = keys["A"], keys["B"]
+        down, up = (adapter.shape(key) for key in pairs[name])
+        shape = model.shape(name)
+        if len(down) != 2 or len(up) != 2 or down[0] != up[1] or [up[0], down[1]] != shape:
+            raise InputError(
+                f"{adapter.folder} is the adapter of another model: {name} is {shape} in {model.folder}, "
+                f"and B A of {up} and {down}"
+            )
+    return pairs
+
+
 def _shares(weights: Sequence[float], count: int) -> list[float]:
     if count < 2:
-        raise InputError(f"models: expected two or more to average, got {count}")
+        raise InputError(f"models: expected two or more to average, or --adapter and --model, got {count}")
     if not weights:
         return [1 / count] * count
     if len(weights) != count:
@@ -156,19 +269,26 @@ def _mean(models: Sequence[Checkpoint], shares: Sequence[float], name: str) -> T
     return total.to(first.dtype)
 
 
-def _write_card(path: Path, folders: Sequence[Path], shares: Sequence[float]) -> None:
-    lines = [f"- {share:.4g} x {folder}" for folder, share in zip(folders, shares, strict=True)]
-    path.write_text("\n".join(["The mean of the weights of", "", *lines, ""]), encoding="utf-8")
+def _write_card(folder: Path, lines: Sequence[str]) -> None:
+    (folder / "README.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
 def run(args: MergeArguments) -> None:
-    """Average, and say where."""
-    merge([model_folder(name) for name in args.models], args.output, weights=args.weights)
+    """Average or merge, and say where."""
+    if args.adapter is None and args.model is None:
+        merge([model_folder(name) for name in args.models], args.output, weights=args.weights)
+    elif args.adapter is None or args.model is None:
+        missing, given = ("adapter", "model") if args.adapter is None else ("model", "adapter")
+        raise InputError(f"{missing}: expected beside --{given}: --adapter FOLDER --model BASE --output FOLDER")
+    elif args.models or args.weights:
+        raise InputError("models, weights: these average models, and --adapter merges one: leave out one or the other")
+    else:
+        merge_adapter(args.adapter, model_folder(args.model), args.output)
     print(f"model   {args.output}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Average models from the command line; input that cannot be used exits with code 2."""
+    """Average or merge from the command line; input that cannot be used exits with code 2."""
     run_command(MergeArguments, run, prog="python -m trsd.merge", argv=argv)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 TeacherKind = Literal["hidden_cache", "top_k_cache", "vector_cache", "online", "online_fp8", "adapter_off"]
+Optim = Literal["adamw_torch", "adamw_torch_8bit", "adamw_torch_4bit", "adamw_bnb_8bit"]
 AttentionBackend = Literal["auto", "triton", "flash_attn_4", "flash_attn_3", "flash_attn_2", "torch", "sdpa"]
 
 
@@ -96,7 +97,11 @@ class Recipe:
     teacher_cache_dir: str | None = None
     """Folder of a teacher cache, which several runs may share; left out, teacher/ in output_dir."""
     lora_rank: int | None = None
-    """Train an adapter (LoRA) of this rank on all linear layers instead of the weights; left out, all weights learn."""
+    """Train an adapter (LoRA) of this rank on linear layers instead of the weights; left out, all weights learn."""
+    lora_alpha: int | None = None
+    """The adapter counts lora_alpha / lora_rank; left out, lora_alpha is twice lora_rank."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Linear layers of the body that get an adapter, such as q_proj,v_proj; left out, all of them."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """trsd, lsp: divergence between the teacher's and the student's distributions."""
     alpha: float | None = None
@@ -114,6 +119,9 @@ class Recipe:
     """Share of the steps that warm up."""
     weight_decay: float = 0.0
     """AdamW's decay of matrices; norms and biases never decay."""
+    optim: Optim = "adamw_torch"
+    """AdamW with moments in fp32 (adamw_torch), in 8 or 4 bits by torchao (adamw_torch_8bit, adamw_torch_4bit), or in 8
+    bits by bitsandbytes (adamw_bnb_8bit)."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     max_skipped_steps: int = 0
@@ -182,6 +190,7 @@ class Recipe:
             "lora_rank",
             "shard_group_size",
             "timeout_seconds",
+            "lora_alpha",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -214,6 +223,9 @@ class Recipe:
         if self.cut == "budgets" and not (self.cut_budgets and all(b >= 0 for b in self.cut_budgets)):
             found.append(f"cut_budgets: expected token counts, got {self.cut_budgets}")
         found += [f"eval_budgets: {error}" for error in budget_problems(self.eval_budgets, self.max_thinking_tokens)]
+        if self.lora_rank is None:
+            said = [name for name in ("lora_alpha", "lora_target_modules") if getattr(self, name)]
+            found += [f"{name}: there is no adapter without lora_rank: set it, or leave {name} out" for name in said]
         if self.resume_from_checkpoint and not self.output_dir:
             found.append("resume_from_checkpoint: say which run with output_dir")
         return found + method_problems(self) + teacher_problems(self)

@@ -46,6 +46,7 @@ LATER = {  # what neither traces nor teacher targets depend on: free between trs
     "lr_scheduler_type",
     "warmup_ratio",
     "weight_decay",
+    "optim",
     "max_grad_norm",
     "max_skipped_steps",
     "num_train_epochs",

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
-from trsd.adapters import add_adapter
+from trsd.adapters import adapter_options, add_adapter
 from trsd.batching import pack_examples
 from trsd.ceilings import Ceilings
 from trsd.errors import InputError
@@ -25,6 +25,7 @@ from trsd.loop import Loop, StepRows
 from trsd.loop_meter import ACTIVATIONS, LOSS_WORK, LoopMeter
 from trsd.methods import Method, TeacherExamples
 from trsd.models import refuse_unsupported
+from trsd.optim import state_bytes
 from trsd.placement import Placement
 from trsd.recipe import ONLINE
 from trsd.step_meter import ATTENTION, OPTIMIZER, TEACHER, StepMeter
@@ -102,7 +103,7 @@ class _Simulation:
         )
         if self.recipe.lora_rank:
             with torch.device("meta"):
-                add_adapter(student, self.recipe.lora_rank, seed=0)
+                add_adapter(student, self.recipe.lora_rank, seed=0, **adapter_options(self.recipe))
         if self.recipe.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         self.student = student.train()
@@ -181,7 +182,7 @@ class _Simulation:
             parameter.grad = torch.empty_like(parameter)
         self.loop.optimizer.step()
         self.loop.optimizer.zero_grad()
-        return sum(x.nbytes for state in self.loop.optimizer.state.values() for x in state.values() if x.ndim)
+        return state_bytes(self.loop.optimizer)
 
     def _optimizer_step(self) -> None:
         """On a CPU with torch's temporaries; on a GPU one kernel, which reads and writes everything once."""

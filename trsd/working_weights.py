@@ -5,9 +5,11 @@ would keep embeddings, norms and the residual stream in fp32. A copy's gradient 
 soon as it is whole, and freed: no second set of gradients is held. Memory: 2 bytes a parameter beside the weights.
 
 Embeddings and lm_head have no copies: a frequent token's gradient is a sum of many, which bf16 would lose, and the loss
-takes the fp32 head. What the embeddings give out is rounded instead.
+takes the fp32 head. What the embeddings give out is rounded instead. Nor have parameters that transformers keeps in
+fp32 when it loads the model in ``dtype``, such as a router's: the model's own code expects them so.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +30,7 @@ class WorkingWeights:
         copies: dict[Tensor, Tensor] = {}
         self._dtype, self._embeddings = dtype, model.get_input_embeddings()
         kept = {id(layer.weight) for layer in (self._embeddings, model.get_output_embeddings())}
+        kept |= _kept_in_fp32(model, dtype)
         for module in model.modules() if dtype and copied else ():
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dtype != torch.float32 or id(parameter) in kept:
@@ -63,6 +66,17 @@ class WorkingWeights:
         """Take over what the parameters have become, after an optimizer step or a load."""
         if self._pairs:
             torch._foreach_copy_(list(self._pairs.values()), list(self._pairs))
+
+
+def _kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype | None) -> set[int]:
+    """Ids of the parameters that ``model``'s class wants in fp32 beside others in ``dtype``."""
+    names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:  # the other list is for fp16 alone
+        names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if not names:
+        return set()
+    pattern = re.compile("|".join(sorted(name.replace("*", ".*") for name in names)))  # as transformers matches them
+    return {id(parameter) for name, parameter in model.named_parameters() if pattern.search(name)}
 
 
 def _copy(parameter: Tensor, dtype: torch.dtype) -> Tensor:
