@@ -22,7 +22,7 @@ from trsd.errors import InputError
 from trsd.evaluate import evaluate, table
 from trsd.files import write_json
 from trsd.guards import NonFiniteError
-from trsd.job import Job
+from trsd.job import Job, with_teacher
 from trsd.loop import Loop
 from trsd.methods import Method
 from trsd.metrics import MetricsLog, progress_bar, say, step_line
@@ -110,7 +110,7 @@ def train(job: Job, loop: Loop, resume_from: Path | None) -> Path:
 
 def run(recipe: Recipe, name: str = "run") -> Path:
     """A whole run; returns its folder. Raises InputError or OSError for input that cannot be used."""
-    recipe, output_dir, resume_from = open_run(recipe, name)
+    recipe, output_dir, resume_from = open_run(with_teacher(recipe), name)
     print(f"{name}: {output_dir}" + (f", resuming {resume_from.name}" if resume_from else ""), flush=True)
     torch.manual_seed(recipe.seed)
     start = time.perf_counter()
