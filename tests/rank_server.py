@@ -15,29 +15,56 @@ from pathlib import Path
 
 import torch
 
-from trsd import train
+from trsd import prepare, train
+from trsd.checkpoint import Checkpointer
 from trsd.loop import Loop
 
-AT_STEP, RANK = 2, 1  # of accidents: during the third step, to the second rank
+AT_STEP = 2  # of accidents: during the third step, to the last rank
+
+
+def signalled(module, name, number=signal.SIGTERM):
+    """Let the process get a signal when ``module.name`` is called."""
+    true = getattr(module, name)
+
+    def called(*arguments, **options):
+        setattr(module, name, true)  # once
+        os.kill(os.getpid(), number)
+        return true(*arguments, **options)
+
+    setattr(module, name, called)
+
+
+ELSEWHERE = {
+    "term in evaluation": lambda: signalled(train, "evaluate"),
+    "interrupt in generation": lambda: signalled(prepare, "generate_traces", signal.SIGINT),
+    "term in a save": lambda: signalled(Checkpointer, "save"),
+}
 
 
 def accident(kind):
-    """What befalls rank 1 amid its third step."""
+    """What befalls the last rank amid its third step, or wherever the kind says."""
+    if kind in ELSEWHERE:
+        ELSEWHERE[kind]()
+        return
     true = Loop._backward
 
     def backward(self, batch, rows, **options):
         totals = true(self, batch, rows, **options)
-        if self.steps_begun - 1 != AT_STEP or self.ranks.rank != RANK:
+        if self.step_number != AT_STEP or self.ranks.rank != self.ranks.size - 1:
             return totals
         if kind == "nan":
             for parameter in self.model.parameters():
-                parameter.grad.to_local().fill_(float("nan"))
+                local = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
+                local.fill_(float("nan"))
         elif kind == "nan loss":
             totals = totals * float("nan")
         elif kind == "death":
             os.kill(os.getpid(), signal.SIGKILL)
-        elif kind == "term":
-            os.kill(os.getpid(), signal.SIGTERM)
+        elif kind.startswith("term"):
+            for _ in range(2 if kind == "term twice" else 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+        elif kind == "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
         elif kind == "hang":
             time.sleep(1000)
         return totals
@@ -45,7 +72,7 @@ def accident(kind):
     step = Loop.step
 
     def counted(self, number, **options):
-        self.steps_begun = number + 1
+        self.step_number = number
         return step(self, number, **options)
 
     Loop._backward, Loop.step = backward, counted

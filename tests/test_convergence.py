@@ -93,7 +93,7 @@ def use_padded_rows(patch, used):
             hidden = hidden.index_put((place[own],), states[number, own])
         return hidden
 
-    patch.setattr("trsd.loop.packed_hidden_states", padded_hidden_states)
+    patch.setattr("trsd.student_loss.packed_hidden_states", padded_hidden_states)
 
 
 def use_separate_sequences(patch, used):

@@ -193,9 +193,9 @@ def test_fault_21_a_stored_answer_of_a_stop_token_alone_is_dropped_and_counted(r
 def test_fault_21_the_stop_token_is_learnt_from_every_sequence(run, flags, monkeypatch, tokenizer):
     ends = []
 
-    def packed(examples, *arguments):
+    def packed(examples, *arguments, **options):
         ends.extend(part.labels[-1] for example in examples for part in (example, *example.branches))
-        return pack_examples(examples, *arguments)
+        return pack_examples(examples, *arguments, **options)
 
     monkeypatch.setattr("trsd.loop.pack_examples", packed)
     run("run", max_steps=1, **flags)

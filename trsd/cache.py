@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from trsd.errors import InputError
-from trsd.job import Job
+from trsd.job import Job, with_teacher
 from trsd.models import quieten_transformers
 from trsd.prepare import build_method, prepare_traces
 from trsd.prepare_teacher import cache_folder, describe_cache, prepare_teacher
@@ -26,6 +26,7 @@ def cache(recipe: Recipe, name: str = "run") -> Path:
         InputError: a recipe without cached targets, or input that cannot be used.
         OSError: as above, from the system.
     """
+    recipe = with_teacher(recipe)
     if recipe.alpha == 0 or not recipe.teacher.endswith("_cache"):
         what = "alpha 0, so no teacher" if recipe.alpha == 0 else f"teacher {recipe.teacher}"
         raise InputError(f"teacher: this recipe has {what}, and there is nothing to cache: train it as it is")

@@ -1,10 +1,13 @@
 """What every stage of a run shares: recipe, folder, tokenizer, think format, models, device and precision."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from transformers import PreTrainedModel
 
 from trsd.adapters import adapter_options, add_adapter, load_adapter
@@ -29,7 +32,33 @@ from trsd.optim import optimizer_class
 from trsd.placement import Placement
 from trsd.ranks import Ranks
 from trsd.recipe import Recipe
+from trsd.run import RECIPE_FILE
 from trsd.thinking import ThinkFormat, token_texts
+
+
+def with_teacher(recipe: Recipe) -> Recipe:
+    """``recipe`` with a kind in the place of teacher=auto, which is printed; a resumed run keeps its own."""
+    if recipe.teacher != "auto":
+        return recipe
+    stored = Path(recipe.output_dir or "") / RECIPE_FILE
+    if recipe.resume_from_checkpoint and stored.exists():
+        return replace(recipe, teacher=yaml.safe_load(stored.read_text(encoding="utf-8"))["teacher"])
+    student = model_folder(recipe.model_name_or_path)
+    placement = Placement(recipe, *_configs(recipe, (student, _teacher_folder(recipe, student))), device=_device())
+    print(f"teacher: {placement.recipe.teacher} ({placement.teacher_reason})", flush=True)
+    return placement.recipe
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _teacher_folder(recipe: Recipe, student: Path) -> Path:
+    return model_folder(recipe.teacher_model_name_or_path) if recipe.teacher_model_name_or_path else student
+
+
+def _configs(recipe: Recipe, folders: Sequence[Path]) -> list[Any]:
+    return [load_config(folder, trust_remote_code=recipe.trust_remote_code) for folder in folders]
 
 
 class Job(Placement):
@@ -39,13 +68,13 @@ class Job(Placement):
         self.output_dir, self.ranks = output_dir, ranks or Ranks()
         self.student_folder = model_folder(recipe.model_name_or_path)
         teacher = recipe.teacher_model_name_or_path
-        self.teacher_folder = model_folder(teacher) if teacher else self.student_folder
+        self.teacher_folder = _teacher_folder(recipe, self.student_folder)
         self.tokenizer = load_tokenizer(self.student_folder, trust_remote_code=recipe.trust_remote_code)
         if teacher:
             other = load_tokenizer(self.teacher_folder, trust_remote_code=recipe.trust_remote_code)
             check_same_tokenizer(self.tokenizer, other, student=self.student_folder, teacher=self.teacher_folder)
-        configs = [load_config(folder, trust_remote_code=recipe.trust_remote_code) for folder in self._folders]
-        super().__init__(recipe, *configs, device="cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__(recipe, *_configs(recipe, self._folders), device=_device())
+        recipe = self.recipe
         optimizer_class(recipe.optim, on_gpu=self.device == "cuda")  # a missing package is said before any work
         if recipe.teacher == "online_fp8" and not self.bf16:
             raise InputError("teacher: online_fp8 takes a teacher that is read in bf16: add --bf16 True, or use online")

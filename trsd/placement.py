@@ -9,24 +9,30 @@ from transformers import PreTrainedModel
 
 from trsd.models import packed_attention_backend
 from trsd.recipe import Recipe
+from trsd.teacher_choice import with_teacher_kind
 
 
 class Placement:
     """A recipe with the configs of its models, on a device."""
 
-    def __init__(self, recipe: Recipe, student_config: Any, teacher_config: Any, *, device: str) -> None:
+    def __init__(
+        self, recipe: Recipe, student_config: Any, teacher_config: Any, *, device: str, target: str | None = None
+    ) -> None:
         """Take the configs of student and teacher, the same one for self-distillation.
 
         Args:
             recipe: whose settings are followed.
             student_config, teacher_config: of transformers.
             device: "cuda", "cpu", or "meta", where shapes and bytes are known and nothing is computed.
+            target: on "meta", the device that is meant.
         """
-        self.recipe = recipe
         self.student_config = student_config
         self.teacher_config = teacher_config
         self.device = device
-        self.bf16 = device == "cuda" if recipe.bf16 is None else recipe.bf16
+        self.bf16 = (target or device) == "cuda" if recipe.bf16 is None else recipe.bf16
+        self.recipe, self.teacher_reason = with_teacher_kind(
+            recipe, student_config, teacher_config, dtype=self.reading_dtype
+        )
 
     @cached_property
     def vocab_size(self) -> int:

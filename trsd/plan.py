@@ -24,6 +24,7 @@ from trsd.planning import (
     CLOSER,
     alternatives,
     cache_bytes_per_trace,
+    placement_of,
     planned_traces,
     shared_lengths,
     step_cost,
@@ -141,6 +142,7 @@ def run(arguments: PlanArguments, recipe: Recipe) -> Plan:
         )
     ceilings, source = ceilings_of(arguments, bundled=recipe.model_name_or_path.startswith("bundled:"))
     target = "cpu" if ceilings.name == "CPU" else "cuda"
+    recipe = placement_of(recipe, target=target).recipe
     traces = planned_traces(recipe.train_batch_size, lengths)
     plan = Plan(
         recipe=recipe,

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-TeacherKind = Literal["hidden_cache", "top_k_cache", "vector_cache", "online", "online_fp8", "adapter_off"]
+TeacherKind = Literal["auto", "hidden_cache", "top_k_cache", "vector_cache", "online", "online_fp8", "adapter_off"]
 Optim = Literal["adamw_torch", "adamw_torch_8bit", "adamw_torch_4bit", "adamw_bnb_8bit"]
 AttentionBackend = Literal["auto", "triton", "flash_attn_4", "flash_attn_3", "flash_attn_2", "torch", "sdpa"]
 
@@ -87,11 +87,11 @@ class Recipe:
     close_tag: str = "</think>"
     """The tag that ends thinking."""
 
-    teacher: TeacherKind = "hidden_cache"
+    teacher: TeacherKind = "auto"
     """Kept on disk: hidden_cache, the teacher's final hidden states; top_k_cache, its most probable tokens and the mass
     of the rest; vector_cache, what a frozen lm_head needs for forward_kl (with lora_rank). Run at every step: online, a
     model of its own; online_fp8, the same with its layers in 8 bits, not exact; adapter_off, the student without its
-    adapter (with lora_rank)."""
+    adapter (with lora_rank). auto: hidden_cache, or with lora_rank vector_cache where that takes fewer bytes."""
     teacher_top_k: int = 64
     """Tokens a row of teacher=top_k_cache."""
     teacher_cache_dir: str | None = None
@@ -232,6 +232,7 @@ class Recipe:
 
 
 ONLINE = ("online", "online_fp8")
+CACHE_OF_ALL = "hidden_cache"  # the kind that every divergence, head and student can learn from
 # What a method makes of a field that is left out.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "trsd": {"alpha": 1.0},
@@ -254,7 +255,10 @@ METHOD_FIELDS: dict[str, tuple[str, ...]] = {
 def with_method_defaults(recipe: Recipe) -> Recipe:
     """``recipe`` with what its method says to fields that were left out."""
     defaults = METHOD_DEFAULTS[recipe.method].items()
-    return replace(recipe, **{name: value for name, value in defaults if getattr(recipe, name) is None})
+    recipe = replace(recipe, **{name: value for name, value in defaults if getattr(recipe, name) is None})
+    if recipe.teacher == "auto" and (recipe.lora_rank is None or recipe.alpha == 0):
+        return replace(recipe, teacher=CACHE_OF_ALL)  # which is decided without the models
+    return recipe
 
 
 def belongs_to_a_method(name: str) -> bool:
@@ -268,7 +272,9 @@ def method_problems(recipe: Recipe) -> list[str]:
     recipe = with_method_defaults(recipe)
     for entry in fields(Recipe):
         methods = METHOD_FIELDS.get(entry.name, (method,))
-        if method not in methods and getattr(recipe, entry.name) != entry.default:
+        value = getattr(recipe, entry.name)
+        said = value != entry.default and not (entry.name == "teacher" and value == CACHE_OF_ALL)
+        if method not in methods and said:
             found.append(
                 f"{entry.name}: method {method} does not read it (methods that do: {', '.join(methods)}): leave it out"
             )

@@ -77,9 +77,8 @@ class MetaPlacement(Placement):
     """A recipe's models on the meta device, counted as on ``target`` ("cuda" or "cpu")."""
 
     def __init__(self, recipe: Any, student_config: Any, teacher_config: Any, *, target: str) -> None:
-        super().__init__(recipe, student_config, teacher_config, device="meta")
+        super().__init__(recipe, student_config, teacher_config, device="meta", target=target)
         self.target = target
-        self.bf16 = target == "cuda" if recipe.bf16 is None else recipe.bf16
 
     def attention_backend(self, model: PreTrainedModel, *, branches: bool) -> str:
         return "sdpa" if self.target == "cpu" else "triton"

@@ -24,7 +24,7 @@ from trsd.evaluate import evaluate, table
 from trsd.files import write_json
 from trsd.guards import NonFiniteError
 from trsd.interruption import Interrupted, Interruption
-from trsd.job import Job
+from trsd.job import Job, with_teacher
 from trsd.loop import Loop
 from trsd.methods import Method
 from trsd.metrics import MetricsLog, progress_bar, say, step_line
@@ -156,7 +156,7 @@ def train(job: Job, loop: Loop, resume_from: Path | None, interruption: Interrup
 
 def run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) -> Path:
     """A whole run; returns its folder. Raises InputError or OSError for input that cannot be used."""
-    recipe, output_dir, resume_from = ranks.told(open_run(recipe, name) if ranks.is_main else None)
+    recipe, output_dir, resume_from = ranks.told(open_run(with_teacher(recipe), name) if ranks.is_main else None)
     print(f"{name}: {output_dir}" + (f", resuming {resume_from.name}" if resume_from else ""), flush=True)
     torch.manual_seed(recipe.seed)
     start = time.perf_counter()
