@@ -62,6 +62,36 @@ def test_an_lm_head_of_its_own_is_sharded_apart(ran, tmp_path, tokenizer):
     assert_same_curve(ran("one", 1, max_steps=2), ran("two", 2, max_steps=2))
 
 
+@pytest.mark.parametrize("flags", [dict(teacher="online"), dict(alpha=0.7, temperature=2.0, train_batch_size=2)])
+def test_heads_spread_over_the_vocabulary_give_the_losses_of_whole_ones(ran, tmp_path, tokenizer, flags):
+    make_tiny_model(tokenizer, tie=False).save_pretrained(tmp_path / "tiny")
+    one, three = ran("one", 1, **flags), ran("three", 3, vocab_parallel=True, **flags)
+    assert_same_curve(one, three)
+    left, right = weights(one, 4), weights(three, 4)
+    assert all(torch.allclose(left[name], right[name], atol=2e-5) for name in left)
+    shutil.rmtree(three / "checkpoint-4")
+    before = losses(three)
+    ran("three", 3, vocab_parallel=True, **flags, resume_from_checkpoint="latest")
+    assert losses(three) == before
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "flags", "said"),
+    [
+        (1, dict(vocab_parallel=True), "this run has one rank"),
+        (1, dict(shard_group_size=2), "this run has one rank"),
+        (2, dict(vocab_parallel=True), "lm_head is its embeddings"),
+        (2, dict(cpu_offload=True), "there is no GPU"),
+        (2, dict(shard_group_size=3), "2 ranks do not divide into groups of 3"),
+        (2, dict(teacher="top_k_cache", vocab_parallel=True), "lm_head is its embeddings"),
+    ],
+)
+def test_what_the_ranks_cannot_run_is_refused_before_any_work(launch, words, tmp_path, num_ranks, flags, said):
+    codes, logs, _ = launch(words("run", **flags), num_ranks)
+    assert codes[0] == 2 and said in logs[0] and all(codes)
+    assert not (tmp_path / "run" / "traces").exists()
+
+
 def test_fault_06_two_ranks_resume_bit_for_bit_and_other_numbers_to_rounding(ran, tmp_path):
     whole = ran("whole", 2, save_steps=1)
     for step, num_ranks in ((1, 2), (3, 2), (2, 3), (2, 1)):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -113,3 +114,19 @@ def test_importing_without_triton_says_nothing():
     block = "import sys; sys.modules.update(dict.fromkeys(['triton', 'triton.language', 'triton.runtime'])); "
     result = run_python(block + "import trsd_kernels")
     assert result.returncode == 0 and "Triton" not in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("folder", ["kernels", "trsd", "bench"])
+def test_what_is_taken_from_torch_is_there(folder):
+    """Also in lines that only a GPU runs; ``torch.ops`` is filled when other modules are imported."""
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            while isinstance(node, ast.Attribute):
+                names.insert(0, node.attr)
+                node = node.value
+            if names and names[0] != "ops" and isinstance(node, ast.Name) and node.id == "torch":
+                found = torch
+                for name in names:
+                    found = getattr(found, name, None)
+                    assert found is not None, f"{path}: torch.{'.'.join(names)}"

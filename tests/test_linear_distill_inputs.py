@@ -7,7 +7,7 @@ import torch
 from distillation_cases import NUM_TOKENS, make_case
 
 from trsd_kernels import FusedLinearDistillation, fused_linear_distillation
-from trsd_kernels.linear_distill import Execution
+from trsd_kernels.linear_distill import Execution, autocast_dtype
 from trsd_kernels.torch_rows import even_chunk, row_chunks
 
 PLANS = ("tokens", "vocab")
@@ -130,3 +130,13 @@ def test_a_chunk_never_exceeds_its_limit(limit):
         chunk = even_chunk(total, limit)
         assert 1 <= chunk <= limit
         assert len(list(row_chunks(total, chunk))) == -(-total // limit)
+
+
+def test_autocast_on_a_gpu_says_what_it_rounds_to():
+    assert autocast_dtype(torch.device("cuda")) is None
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert autocast_dtype(torch.device("cuda")) == torch.get_autocast_dtype("cuda")
+        assert autocast_dtype(torch.device("cpu")) is None
+    finally:
+        torch.set_autocast_enabled("cuda", False)

@@ -29,6 +29,7 @@ from trsd.models import (
     model_folder,
 )
 from trsd.optim import optimizer_class
+from trsd.parallel import refuse_unsupported
 from trsd.placement import Placement
 from trsd.ranks import Ranks
 from trsd.recipe import Recipe
@@ -75,6 +76,7 @@ class Job(Placement):
             check_same_tokenizer(self.tokenizer, other, student=self.student_folder, teacher=self.teacher_folder)
         super().__init__(recipe, *_configs(recipe, self._folders), device=_device())
         recipe = self.recipe
+        refuse_unsupported(self, self.ranks)
         optimizer_class(recipe.optim, on_gpu=self.device == "cuda")  # a missing package is said before any work
         if recipe.teacher == "online_fp8" and not self.bf16:
             raise InputError("teacher: online_fp8 takes a teacher that is read in bf16: add --bf16 True, or use online")

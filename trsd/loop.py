@@ -7,6 +7,7 @@ number changes a step by rounding only.
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +25,12 @@ from trsd.parallel import last_row, shard_student
 from trsd.placement import Placement
 from trsd.prefetch import Prefetcher
 from trsd.ranks import Ranks
+from trsd.sharded_heads import ShardedHeadsObjective, head_rows, keep_head_rows
 from trsd.student_loss import StudentLoss
 from trsd.teacher_cache import HiddenCache
 from trsd.teachers import OnlineTeacher, Teacher
 from trsd.working_weights import WorkingWeights
-from trsd_kernels import FusedLinearDistillation, fill_rate
+from trsd_kernels import fill_rate
 
 
 class StepRows(NamedTuple):
@@ -61,11 +63,21 @@ class Loop:
         self.backend = placement.attention_backend(model, branches=recipe.branches_per_trace > 1)
         self.student = self._student()
         self.flops = FlopCounter(model)
+        self.teacher_head = teacher.lm_head_weight.numel() if isinstance(teacher, OnlineTeacher | HiddenCache) else 0
         self.teacher_flops = FlopCounter(teacher.model) if isinstance(teacher, OnlineTeacher) else None
         dtype = torch.bfloat16 if placement.bf16 else None
+        if recipe.vocab_parallel:
+            rows = head_rows(len(model.get_output_embeddings().weight), placement.vocab_size, ranks)
+            keep_head_rows(teacher, rows)
         if ranks.size > 1:
             mesh = ranks.mesh(recipe.shard_group_size)
-            shard_student(self.student, mesh, dtype=dtype, cpu_offload=recipe.cpu_offload)
+            shard_student(
+                self.student,
+                mesh,
+                dtype=dtype,
+                cpu_offload=recipe.cpu_offload,
+                vocab_parallel=recipe.vocab_parallel,
+            )
         self.weights = WorkingWeights(model, dtype, copied=ranks.size == 1)
         self.optimizer = build_optimizer(
             model, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay, name=recipe.optim
@@ -77,24 +89,24 @@ class Loop:
         """The model with the recipe's loss."""
         recipe, placement = self.placement.recipe, self.placement
         student_logits = logit_options(self.model.config, "student")
-        objective = Objective(
-            vocab_size=placement.vocab_size,
-            chunk_bytes=recipe.loss_chunk_bytes,
+        make = partial(ShardedHeadsObjective, self.ranks) if recipe.vocab_parallel else Objective
+        shared = {"vocab_size": placement.vocab_size, "chunk_bytes": recipe.loss_chunk_bytes, **student_logits}
+        objective = make(
             alpha=recipe.alpha,
             divergence=recipe.divergence,
             beta=recipe.beta,
             temperature=recipe.temperature,
-            **student_logits,
+            **shared,
             **logit_options(placement.teacher_config, "teacher"),
         )
-        keep_thinking = FusedLinearDistillation(alpha=0.0, chunk_bytes=recipe.loss_chunk_bytes, **student_logits)
         return StudentLoss(
             self.model,
             objective,
-            keep_thinking,
+            make(alpha=0.0, **shared),
             thinking_weight=recipe.thinking_weight,
             backend=self.backend,
             compute=placement.compute,
+            num_sharers=self.ranks.size if recipe.vocab_parallel else 1,
         )
 
     def rows_of(self, step: int) -> StepRows:
@@ -162,8 +174,7 @@ class Loop:
     def _flops(self, batches: list[PackedBatch]) -> float:
         """Operations of the student, of a teacher that runs beside it, and of the teacher's head, on this rank."""
         total = self.flops.training(batches, recomputed=self.placement.recipe.gradient_checkpointing)
-        if isinstance(self.teacher, OnlineTeacher | HiddenCache):
-            total += head_flops(self.teacher.lm_head_weight.numel(), sum(len(batch.labels) for batch in batches))
+        total += head_flops(self.teacher_head, sum(len(batch.labels) for batch in batches))
         if self.teacher_flops is None:
             return total
         # Each row asks for its traces' targets, and a trace that is in two rows runs twice.
@@ -175,6 +186,6 @@ class Loop:
         last_row(self.student, is_last)
         targets = None if self.teacher is None else self.teacher.targets
         with self.weights.in_use():
-            loss, out, thinking = self.student(batch, rows.num_items, rows.num_thinking, targets)
+            loss, terms = self.student(batch, rows.num_items, rows.num_thinking, targets)
             loss.backward()
-        return torch.stack([loss.detach(), out.cross_entropy, out.divergence, thinking.detach()])
+        return terms

@@ -12,13 +12,51 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import PreTrainedModel
 
+from trsd.errors import InputError
+from trsd.placement import Placement
+from trsd.ranks import Ranks
 from trsd.student_loss import LossHead, StudentLoss
 
 
+def refuse_unsupported(placement: Placement, ranks: Ranks) -> None:
+    """Raise InputError for a recipe that these ranks cannot run, with what to do."""
+    recipe = placement.recipe
+    if ranks.size == 1:
+        several = {"shard_group_size": None, "cpu_offload": False, "vocab_parallel": False}
+        for name, default in several.items():
+            if getattr(recipe, name) != default:
+                raise InputError(f"{name}: this run has one rank: start it by torchrun, or leave it out")
+        return
+    ranks.num_shards(recipe.shard_group_size)
+    if recipe.optim != "adamw_torch":
+        raise InputError(f"optim: {recipe.optim} runs in one process: use adamw_torch under torchrun")
+    if recipe.teacher == "online_fp8":
+        raise InputError("teacher: online_fp8 runs in one process: under torchrun use online, which is sharded")
+    if recipe.cpu_offload and placement.device == "cpu":
+        raise InputError("cpu_offload: there is no GPU to take anything off: leave it out")
+    if not recipe.vocab_parallel:
+        return
+    if recipe.shard_group_size or recipe.cpu_offload or recipe.lora_rank:
+        raise InputError(
+            "vocab_parallel: spreads lm_head over all ranks and trains it: leave out shard_group_size, "
+            "cpu_offload and lora_rank"
+        )
+    if placement.student_config.get_text_config().tie_word_embeddings:
+        raise InputError("vocab_parallel: this student's lm_head is its embeddings, which all ranks need: leave it out")
+    if recipe.alpha > 0 and recipe.teacher not in ("online", "hidden_cache"):
+        raise InputError(f"vocab_parallel: teacher {recipe.teacher} gives no hidden states: use online or hidden_cache")
+
+
 def shard_student(
-    student: StudentLoss, mesh: DeviceMesh, *, dtype: torch.dtype | None = None, cpu_offload: bool = False
+    student: StudentLoss,
+    mesh: DeviceMesh,
+    *,
+    dtype: torch.dtype | None = None,
+    cpu_offload: bool = False,
+    vocab_parallel: bool = False,
 ) -> None:
     """Shard the student's weights over ``mesh``, in place.
 
@@ -27,6 +65,7 @@ def shard_student(
         mesh: shards, or replicas and shards.
         dtype: that the layers compute in; None is that of the weights.
         cpu_offload: shards of weights, gradients and optimizer state stay in the CPU's memory.
+        vocab_parallel: lm_head's shards stay shards when it is used, for ``sharded_heads.py``.
     """
     model = student.model
     head = LossHead(model.get_output_embeddings())
@@ -36,9 +75,14 @@ def shard_student(
     layers = exact | {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
     for module in _groups_of_the_body(model):
         fully_shard(module, **layers)
-    if head.weight is not model.get_input_embeddings().weight:
+    apart = set()
+    if vocab_parallel:
+        whole = head.weight.detach().to(mesh.device_type)
+        head.weight = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None))
+        apart.add(head.weight)
+    elif head.weight is not model.get_input_embeddings().weight:
         fully_shard(head, **exact)
-    fully_shard(student, **exact)
+    fully_shard(student, ignored_params=apart, **exact)
     for module in student.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

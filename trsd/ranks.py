@@ -97,15 +97,16 @@ class Ranks:
         if self.size > 1:
             dist.barrier(group=self.patient)
 
-    def mesh(self, shard_group_size: int | None = None) -> DeviceMesh:
-        """Devices of the run: weights are sharded over ``shard_group_size`` ranks (all) and replicated over the rest.
-
-        Raises:
-            InputError: the ranks do not divide into groups of that size.
-        """
+    def num_shards(self, shard_group_size: int | None = None) -> int:
+        """Ranks over which weights are sharded, all unless ``shard_group_size`` says; InputError where they do not divide."""
         shards = shard_group_size or self.size
         if self.size % shards:
             raise InputError(f"shard_group_size: {self.size} ranks do not divide into groups of {shards}")
+        return shards
+
+    def mesh(self, shard_group_size: int | None = None) -> DeviceMesh:
+        """Devices of the run: weights are sharded over ``num_shards`` of them and replicated over the rest."""
+        shards = self.num_shards(shard_group_size)
         if shards == self.size:
             return init_device_mesh(self.device, (self.size,), mesh_dim_names=(SHARDS,))
         return init_device_mesh(self.device, (self.size // shards, shards), mesh_dim_names=(REPLICAS, SHARDS))

@@ -143,6 +143,9 @@ class Recipe:
     """Recompute activations in the backward pass."""
     shard_group_size: int | None = None
     """Under torchrun: ranks that share one copy of the weights, replicated over the rest; left out, all ranks."""
+    vocab_parallel: bool = False
+    """Under torchrun: no rank holds a whole lm_head; each computes the loss of all ranks' tokens on its part of the
+    vocabulary. For large vocabularies; the student's lm_head must not be tied."""
     cpu_offload: bool = False
     """Under torchrun: weights, gradients and optimizer state stay in the CPU's memory. Slow, for models that fit no
     other way."""

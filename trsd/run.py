@@ -37,6 +37,7 @@ FREE_TO_CHANGE = {
     "timeout_seconds",
     "shard_group_size",
     "cpu_offload",
+    "vocab_parallel",
 }
 LATER = {  # what neither traces nor teacher targets depend on: free between trsd.cache and trsd.train
     "eval_data",

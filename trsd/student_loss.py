@@ -9,14 +9,16 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trsd.batching import PackedBatch
 from trsd.models import packed_hidden_states
 from trsd.objective import Objective
+from trsd.sharded_heads import ShardedHeadsObjective
 from trsd.teachers import Targets
-from trsd_kernels import FusedLinearDistillation, LinearDistillationOutput
+from trsd_kernels import LinearDistillationOutput
 
 T = TypeVar("T")
 
@@ -34,22 +36,34 @@ class LossHead(nn.Module):
 
 
 class StudentLoss(nn.Module):
-    """(loss, the objective's output, cross-entropy of the thinking shown) of a packed row."""
+    """Loss and its terms of a packed row."""
 
     def __init__(
         self,
         model: PreTrainedModel,
-        objective: Objective,
-        keep_thinking: FusedLinearDistillation,
+        objective: Objective | ShardedHeadsObjective,
+        keep_thinking: Objective | ShardedHeadsObjective,
         *,
         thinking_weight: float,
         backend: str,
         compute: Callable[[], AbstractContextManager[Any]],
+        num_sharers: int = 1,
     ) -> None:
-        """Take what the loop made of the recipe; ``compute`` is the precision of the head."""
+        """Take what the loop made of the recipe.
+
+        Args:
+            model: of which body and head are run.
+            objective: of the labels, against the teacher's targets.
+            keep_thinking: of the thinking shown, against itself.
+            thinking_weight: of the latter in the loss.
+            backend: of attention.
+            compute: the precision of the head.
+            num_sharers: ranks of which each gets the loss of all their rows.
+        """
         super().__init__()
         self.model, self.objective, self.keep_thinking = model, objective, keep_thinking
         self.thinking_weight, self.backend, self.compute = thinking_weight, backend, compute
+        self.num_sharers = num_sharers
 
     def forward(
         self,
@@ -57,8 +71,8 @@ class StudentLoss(nn.Module):
         num_items: int,
         num_thinking: int,
         targets: Callable[[Sequence[int]], Targets] | None,
-    ) -> tuple[Tensor, LinearDistillationOutput, Tensor]:
-        """Of the row ``batch``.
+    ) -> tuple[Tensor, Tensor]:
+        """(loss to differentiate, [loss, cross-entropy, divergence, thinking] to add up) of the row ``batch``.
 
         Args:
             batch: on the model's device.
@@ -80,7 +94,10 @@ class StudentLoss(nn.Module):
                 num_items_in_batch=num_items,
             )
             thinking = self.keep_thinking(
-                *(hidden[batch.thinking_rows], head, None, None, batch.thinking_labels),
+                hidden[batch.thinking_rows],
+                head,
+                None,
+                batch.thinking_labels,
                 token_weights=batch.thinking_weights,
                 num_items_in_batch=num_thinking,
             ).loss
@@ -89,4 +106,6 @@ class StudentLoss(nn.Module):
         head = self.model.get_output_embeddings()
         with self.compute():  # for the head, whose gradient stays fp32
             out, thinking = head(hidden, losses) if isinstance(head, LossHead) else losses(head.weight)
-        return out.loss + self.thinking_weight * thinking, out, thinking
+        loss = out.loss + self.thinking_weight * thinking
+        terms = torch.stack([loss.detach(), out.cross_entropy, out.divergence, thinking.detach()])
+        return loss, terms / self.num_sharers

@@ -44,7 +44,7 @@ MIN_ROWS_PER_CHUNK = 256
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast rounds the operands of products on ``device`` to, where it does."""
     if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        return torch.getautocast_dtype("cuda")
+        return torch.get_autocast_dtype("cuda")
     return None
 
 

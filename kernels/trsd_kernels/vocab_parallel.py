@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trsd_kernels.checks import check_chunks, check_distillation_inputs
+from trsd_kernels.linear_distill import autocast_dtype
 from trsd_kernels.linear_ops import chunk_length, operand_dtypes, refuse_second_derivative
 from trsd_kernels.options import MIXTURES, DistillOptions
 from trsd_kernels.products import Head, accumulator_dtype, scatter_rows, supervised_rows
@@ -117,6 +118,7 @@ class _Shard(NamedTuple):
     chunk_bytes: int | None
     vocab_start: int
     group: dist.ProcessGroup | None
+    autocast_dtype: torch.dtype | None
 
 
 class VocabParallelFunction(torch.autograd.Function):
@@ -162,7 +164,8 @@ def _sweep(tensors: list[Tensor | None], labels: Tensor, rows: Tensor | None, sh
     """This rank's sweep over the supervised rows, from both models' hidden states, weights and biases."""
     student, teacher = Head(*tensors[:3]), None if tensors[3] is None else Head(*tensors[3:])
     dtypes = operand_dtypes(
-        student.hidden_states, student.weight, teacher and teacher.hidden_states, teacher and teacher.weight, None
+        *(student.hidden_states, student.weight, teacher and teacher.hidden_states, teacher and teacher.weight),
+        shard.autocast_dtype,
     )
     if rows is not None:
         student, teacher, labels = student.on_rows(rows), teacher and teacher.on_rows(rows), labels[rows]
@@ -228,7 +231,7 @@ def vocab_parallel_distillation(
     Args:
         group: the process group; None: all ranks.
         chunk_size: vocabulary entries of the shard at a time.
-        others: as in ``fused_linear_distillation``; products take the inputs' own dtype, under autocast too.
+        others: as in ``fused_linear_distillation``.
 
     Returns:
         As ``fused_linear_distillation``.
@@ -269,6 +272,7 @@ def vocab_parallel_distillation(
     teacher = (None, None, None)
     if settings.alpha > 0.0:
         teacher = (teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias)
+    autocast = autocast_dtype(labels.device)
     with torch.autocast(labels.device.type, enabled=False):
         cross_entropy, divergence, others = VocabParallelFunction.apply(
             student_hidden_states,
@@ -277,7 +281,7 @@ def vocab_parallel_distillation(
             *(None if tensor is None else tensor.detach() for tensor in teacher),
             labels,
             rows,
-            _Shard(settings, chunk_size, chunk_bytes, vocab_start, group),
+            _Shard(settings, chunk_size, chunk_bytes, vocab_start, group, autocast),
         )
     terms = TokenTerms(cross_entropy, divergence, *others.unbind())
     return reduced_output(terms, weights, num_items, settings, reduction)
