@@ -98,7 +98,11 @@ class Ranks:
             dist.barrier(group=self.patient)
 
     def num_shards(self, shard_group_size: int | None = None) -> int:
-        """Ranks over which weights are sharded, all unless ``shard_group_size`` says; InputError where they do not divide."""
+        """Ranks over which weights are sharded, all unless ``shard_group_size`` says.
+
+        Raises:
+            InputError: the ranks do not divide into groups of that size.
+        """
         shards = shard_group_size or self.size
         if self.size % shards:
             raise InputError(f"shard_group_size: {self.size} ranks do not divide into groups of {shards}")
