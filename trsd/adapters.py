@@ -10,6 +10,7 @@ loads it, and the adapter in ``adapter/`` in peft's format, from which training 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from trsd.errors import InputError
 from trsd.files import write_json
+from trsd.nf4 import to_nf4, whole_weight
 
 ADAPTER = "adapter"
 WEIGHTS = "adapter_model.safetensors"
@@ -28,7 +30,13 @@ PEFT_PREFIX = "base_model.model."
 
 
 def add_adapter(
-    model: PreTrainedModel, rank: int, *, seed: int, alpha: int | None = None, target_modules: Sequence[str] = ()
+    model: PreTrainedModel,
+    rank: int,
+    *,
+    seed: int,
+    alpha: int | None = None,
+    target_modules: Sequence[str] = (),
+    base: str = "full",
 ) -> None:
     """Freeze ``model`` and give linear layers of its body an adapter, in fp32 and in effect.
 
@@ -38,20 +46,26 @@ def add_adapter(
         seed: of A.
         alpha: B A counts alpha / rank; left out, 2 rank.
         target_modules: which layers, as peft spells them: a name, or a path's end; empty: all.
+        base: "full", or "nf4", the frozen layers in 4 bits (``nf4.py``).
 
     Raises:
-        ImportError: peft is not installed.
+        ImportError: peft is not installed, or what ``base`` needs.
         InputError: the body has no linear layer, or a name fits none.
     """
     config_class = _peft().LoraConfig
     layers = _target_layers(model, target_modules)
     model.requires_grad_(False)
+    if base == "nf4":
+        to_nf4(model)
+        model.is_loaded_in_4bit = True  # what peft asks
     config = config_class(
         r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=0.0, target_modules=layers, task_type="CAUSAL_LM"
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.add_adapter(config)
+    if base == "nf4":
+        del model.is_loaded_in_4bit  # for transformers it would be a model that cannot be saved
     for parameter in model.parameters():
         if parameter.requires_grad:  # peft makes them in the precision of the layer, too coarse for small steps
             parameter.data = parameter.data.float()
@@ -59,7 +73,7 @@ def add_adapter(
 
 def adapter_options(recipe: Any) -> dict[str, Any]:
     """What a ``Recipe`` says of its adapter, beside the rank and the seed, as ``add_adapter`` takes it."""
-    return {"alpha": recipe.lora_alpha, "target_modules": recipe.lora_target_modules}
+    return {"alpha": recipe.lora_alpha, "target_modules": recipe.lora_target_modules, "base": recipe.lora_base}
 
 
 def _target_layers(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
@@ -125,14 +139,15 @@ def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
     from peft.tuners.lora import LoraLayer
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    own = dict(chain(model.named_buffers(), model.named_parameters(remove_duplicate=False)))
     found: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}  # tied weights stay one tensor
     for key, tensor in model.state_dict().items():
         name, inside, rest = key.partition(".base_layer.")
-        if not inside and key.rpartition(".lora_")[0] in layers:
+        if key.rpartition(".lora_")[0] in layers or key not in own:  # tables of 4-bit weights have keys of their own
             continue
         if tensor.data_ptr() not in seen:
-            value = tensor.cpu()
+            value = whole_weight(own[key]).detach().cpu()
             value = value.float() if value.is_floating_point() else value
             if inside and rest == "weight":
                 value = value + layers[name].get_delta_weight("default").cpu()

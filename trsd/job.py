@@ -26,6 +26,7 @@ from trsd.models import (
     logit_options,
     model_folder,
 )
+from trsd.nf4 import require_bitsandbytes
 from trsd.optim import optimizer_class
 from trsd.placement import Placement
 from trsd.recipe import Recipe
@@ -72,6 +73,8 @@ class Job(Placement):
             check_same_tokenizer(self.tokenizer, other, student=self.student_folder, teacher=self.teacher_folder)
         super().__init__(recipe, *_configs(recipe, self._folders), device=_device())
         recipe = self.recipe
+        if recipe.lora_base == "nf4":
+            require_bitsandbytes()
         optimizer_class(recipe.optim, on_gpu=self.device == "cuda")  # a missing package is said before any work
         if recipe.teacher == "online_fp8" and not self.bf16:
             raise InputError("teacher: online_fp8 takes a teacher that is read in bf16: add --bf16 True, or use online")
