@@ -75,6 +75,23 @@ def test_heads_spread_over_the_vocabulary_give_the_losses_of_whole_ones(ran, tmp
     assert losses(three) == before
 
 
+@pytest.mark.parametrize("flags", [dict(teacher="adapter_off"), dict(teacher="vector_cache")])
+def test_an_adapter_trains_and_resumes_over_ranks_as_in_one(ran, flags):
+    pytest.importorskip("peft")
+    flags = dict(lora_rank=4, save_steps=2) | flags
+    one, two = ran("one", 1, **flags), ran("two", 2, **flags)
+    assert_same_curve(one, two)
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        left, right = (load_file(folder / "checkpoint-4" / name) for folder in (one, two))
+        assert left.keys() == right.keys() and all(torch.allclose(left[k], right[k], atol=2e-5) for k in left)
+    for source, num_ranks in ((two, 2), (two, 1), (one, 2)):
+        shutil.rmtree(source / "checkpoint-4")
+        before = losses(source)
+        ran(source.name, num_ranks, **flags, resume_from_checkpoint="latest")
+        for left, right in zip(losses(source), before, strict=True):
+            assert left == (right if (source, num_ranks) == (two, 2) else pytest.approx(right, rel=2e-6))
+
+
 @pytest.mark.parametrize(
     ("num_ranks", "flags", "said"),
     [

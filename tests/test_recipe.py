@@ -179,6 +179,8 @@ def test_a_method_alone_is_its_demo(words):
         ("teacher_top_k: 0\n", "teacher_top_k: expected at least 1"),
         ("lora_rank: 0\n", "lora_rank: expected at least 1"),
         ("method: sft\nteacher: online\n", "teacher: method sft does not read it"),
+        ("lora_base: nf4\n", "lora_base: there is no adapter without lora_rank"),
+        ("lora_base: nf4\nlora_rank: 8\nteacher: adapter_off\n", "adapter_off would be the student in nf4"),
         ("lora_alpha: 8\n", "lora_alpha: there is no adapter without lora_rank"),
         ("lora_target_modules: [q_proj]\n", "lora_target_modules: there is no adapter without lora_rank"),
         ("teacher: vector_cache\n", "teacher: vector_cache needs lora_rank, without it the lm_head would move"),

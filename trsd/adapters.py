@@ -10,6 +10,7 @@ loads it, and the adapter in ``adapter/`` in peft's format, from which training 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trsd.errors import InputError
+from trsd.nf4 import to_nf4, whole_weight
 
 ADAPTER = "adapter"
 WEIGHTS = "adapter_model.safetensors"
@@ -28,7 +30,13 @@ PEFT_PREFIX = "base_model.model."
 
 
 def add_adapter(
-    model: PreTrainedModel, rank: int, *, seed: int, alpha: int | None = None, target_modules: Sequence[str] = ()
+    model: PreTrainedModel,
+    rank: int,
+    *,
+    seed: int,
+    alpha: int | None = None,
+    target_modules: Sequence[str] = (),
+    base: str = "full",
 ) -> None:
     """Freeze ``model`` and give linear layers of its body an adapter, in fp32 and in effect.
 
@@ -38,20 +46,26 @@ def add_adapter(
         seed: of A.
         alpha: B A counts alpha / rank; left out, 2 rank.
         target_modules: which layers, as peft spells them: a name, or a path's end; empty: all.
+        base: "full", or "nf4", the frozen layers in 4 bits (``nf4.py``).
 
     Raises:
-        ImportError: peft is not installed.
+        ImportError: peft is not installed, or what ``base`` needs.
         InputError: the body has no linear layer, or a name fits none.
     """
     config_class = _peft().LoraConfig
     layers = _target_layers(model, target_modules)
     model.requires_grad_(False)
+    if base == "nf4":
+        to_nf4(model)
+        model.is_loaded_in_4bit = True  # what peft asks
     config = config_class(
         r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=0.0, target_modules=layers, task_type="CAUSAL_LM"
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.add_adapter(config)
+    if base == "nf4":
+        del model.is_loaded_in_4bit  # for transformers it would be a model that cannot be saved
     for parameter in model.parameters():
         if parameter.requires_grad:  # peft makes them in the precision of the layer, too coarse for small steps
             parameter.data = parameter.data.float()
@@ -59,7 +73,7 @@ def add_adapter(
 
 def adapter_options(recipe: Any) -> dict[str, Any]:
     """What a ``Recipe`` says of its adapter, beside the rank and the seed, as ``add_adapter`` takes it."""
-    return {"alpha": recipe.lora_alpha, "target_modules": recipe.lora_target_modules}
+    return {"alpha": recipe.lora_alpha, "target_modules": recipe.lora_target_modules, "base": recipe.lora_base}
 
 
 def _target_layers(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
@@ -102,9 +116,16 @@ def adapter_off(model: PreTrainedModel) -> Iterator[None]:
         model.enable_adapters()
 
 
-def adapter_files(model: PreTrainedModel) -> tuple[dict[str, dict[str, Tensor]], dict[str, bytes]]:
-    """The adapter of ``model`` in peft's format: tensors and other content by file name, under ``adapter/``."""
-    tensors = {PEFT_PREFIX + key: tensor for key, tensor in model.get_adapter_state_dict().items()}
+def adapter_files(
+    model: PreTrainedModel, state: dict[str, Tensor] | None = None
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, bytes]]:
+    """The adapter of ``model`` in peft's format: tensors and other content by file name, under ``adapter/``.
+
+    ``state``: the state dict of a ``model`` that is sharded, gathered.
+    """
+    names = (key for key in model.state_dict() if ".lora_" in key)
+    source = model.state_dict() if state is None else state
+    tensors = {PEFT_PREFIX + name.replace(".default.", "."): source[name] for name in names}
     with TemporaryDirectory() as folder:
         model.peft_config["default"].save_pretrained(folder)
         config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
@@ -114,25 +135,37 @@ def adapter_files(model: PreTrainedModel) -> tuple[dict[str, dict[str, Tensor]],
 
 
 @torch.no_grad()
-def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict of ``model`` without adapter, (1) worked out in fp32 on the CPU; ``model`` stays as it is."""
+def merged_state(model: PreTrainedModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The state dict of ``model`` without adapter, (1) worked out in fp32 on the CPU; ``model`` stays as it is.
+
+    ``state``: the state dict of a ``model`` that is sharded, gathered.
+    """
     from peft.tuners.lora import LoraLayer
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    own = dict(chain(model.named_buffers(), model.named_parameters(remove_duplicate=False)))
     found: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}  # tied weights stay one tensor
-    for key, tensor in model.state_dict().items():
+    for key, tensor in (model.state_dict() if state is None else state).items():
         name, inside, rest = key.partition(".base_layer.")
-        if not inside and key.rpartition(".lora_")[0] in layers:
+        if key.rpartition(".lora_")[0] in layers or key not in own:  # tables of 4-bit weights have keys of their own
             continue
         if tensor.data_ptr() not in seen:
-            value = tensor.cpu()
+            value = (whole_weight(own[key]) if state is None else tensor).detach().cpu()
             value = value.float() if value.is_floating_point() else value
             if inside and rest == "weight":
-                value = value + layers[name].get_delta_weight("default").cpu()
+                value = value + _delta(layers[name], name, state)
             seen[tensor.data_ptr()] = value
         found[f"{name}.{rest}" if inside else key] = seen[tensor.data_ptr()]
     return found
+
+
+def _delta(layer: Any, name: str, state: dict[str, Tensor] | None) -> Tensor:
+    """What the adapter of the layer ``name`` adds to its weight."""
+    if state is None:
+        return layer.get_delta_weight("default").cpu()
+    down, up = (state[f"{name}.lora_{part}.default.weight"] for part in "AB")
+    return (up @ down) * layer.scaling["default"]
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> None:

@@ -207,14 +207,13 @@ def take_snapshot(
     """
     tensors, contents = {}, {}
     sharded = ranks is not None and ranks.size > 1
-    if sharded:
-        weights = gathered_weights(model)
-    elif has_adapter(model):
-        weights = merged_state(model)  # all that it shares with the model is frozen
-        adapter, contents = adapter_files(model)
+    whole = gathered_weights(model) if sharded else None
+    if has_adapter(model) and (whole or not sharded):
+        weights = merged_state(model, whole)  # all that it shares with the model is frozen
+        adapter, contents = adapter_files(model, whole)
         tensors = {name: _copies(state) for name, state in adapter.items()}
     else:
-        weights = _copies(model.state_dict())
+        weights = _copies(model.state_dict()) if whole is None else whole
     if not sharded:
         tensors[OPTIMIZER] = _copies(state_tensors(model, optimizer))
     tensors[RANDOM] = random_state()

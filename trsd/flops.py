@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from trsd.batching import Example, PackedBatch
+from trsd.nf4 import num_weights
 
 
 class FlopCounter:
@@ -23,8 +24,8 @@ class FlopCounter:
             id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()
         }
         matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in embeddings]
-        self.body = sum(p.numel() for p in matrices)
-        self.frozen = sum(p.numel() for p in matrices if not p.requires_grad)
+        self.body = sum(num_weights(p) for p in matrices)
+        self.frozen = sum(num_weights(p) for p in matrices if not p.requires_grad)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.attention = config.num_hidden_layers * config.num_attention_heads * head_dim
         head = model.get_output_embeddings().weight

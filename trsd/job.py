@@ -28,6 +28,7 @@ from trsd.models import (
     logit_options,
     model_folder,
 )
+from trsd.nf4 import require_bitsandbytes
 from trsd.optim import optimizer_class
 from trsd.parallel import refuse_unsupported
 from trsd.placement import Placement
@@ -77,6 +78,8 @@ class Job(Placement):
         super().__init__(recipe, *_configs(recipe, self._folders), device=_device())
         recipe = self.recipe
         refuse_unsupported(self, self.ranks)
+        if recipe.lora_base == "nf4":
+            require_bitsandbytes()
         optimizer_class(recipe.optim, on_gpu=self.device == "cuda")  # a missing package is said before any work
         if recipe.teacher == "online_fp8" and not self.bf16:
             raise InputError("teacher: online_fp8 takes a teacher that is read in bf16: add --bf16 True, or use online")

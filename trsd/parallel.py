@@ -33,6 +33,8 @@ def refuse_unsupported(placement: Placement, ranks: Ranks) -> None:
     ranks.num_shards(recipe.shard_group_size)
     if recipe.optim != "adamw_torch":
         raise InputError(f"optim: {recipe.optim} runs in one process: use adamw_torch under torchrun")
+    if recipe.lora_base == "nf4":
+        raise InputError("lora_base: nf4 runs in one process: use full under torchrun, which is sharded")
     if recipe.teacher == "online_fp8":
         raise InputError("teacher: online_fp8 runs in one process: under torchrun use online, which is sharded")
     if recipe.cpu_offload and placement.device == "cpu":

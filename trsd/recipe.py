@@ -102,6 +102,8 @@ class Recipe:
     """The adapter counts lora_alpha / lora_rank; left out, lora_alpha is twice lora_rank."""
     lora_target_modules: tuple[str, ...] = ()
     """Linear layers of the body that get an adapter, such as q_proj,v_proj; left out, all of them."""
+    lora_base: Literal["full", "nf4"] = "full"
+    """The frozen weights under the adapter: full, as they are read; nf4, the body's layers in 4 bits (QLoRA)."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """trsd, lsp: divergence between the teacher's and the student's distributions."""
     alpha: float | None = None
@@ -228,6 +230,7 @@ class Recipe:
         found += [f"eval_budgets: {error}" for error in budget_problems(self.eval_budgets, self.max_thinking_tokens)]
         if self.lora_rank is None:
             said = [name for name in ("lora_alpha", "lora_target_modules") if getattr(self, name)]
+            said += ["lora_base"] if self.lora_base != "full" else []
             found += [f"{name}: there is no adapter without lora_rank: set it, or leave {name} out" for name in said]
         if self.resume_from_checkpoint and not self.output_dir:
             found.append("resume_from_checkpoint: say which run with output_dir")
@@ -313,6 +316,8 @@ def teacher_problems(recipe: Recipe) -> list[str]:
         found.append(
             "teacher_model_name_or_path: with teacher adapter_off the student itself is the teacher: leave it out"
         )
+    if teacher == "adapter_off" and recipe.lora_base != "full":
+        found.append(f"teacher: adapter_off would be the student in {recipe.lora_base}: use hidden_cache or online")
     if teacher in (*ONLINE, "adapter_off") and recipe.teacher_cache_dir:
         found.append(f"teacher_cache_dir: teacher {teacher} keeps nothing on disk: leave it out")
     return found

@@ -97,6 +97,10 @@ class _Simulation:
 
     def __init__(self, placement: MetaPlacement, method: Method, ceilings: Ceilings) -> None:
         self.placement, self.recipe = placement, placement.recipe
+        if self.recipe.lora_base != "full":
+            raise InputError(
+                "lora_base: nf4 cannot be planned; plan lora_base full, which takes 1.44 bytes a weight more"
+            )
         student = build_on_meta(
             placement.student_config, placement.reading_dtype if self.recipe.lora_rank else torch.float32
         )
