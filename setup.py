@@ -14,6 +14,8 @@ TEST = [
     "triton>=3.6; platform_system == 'Linux'",
     "kneed>=0.8",
     "peft>=0.19.1",
+    "torchao>=0.15",
+    "bitsandbytes>=0.49",
 ]
 EVAL = ["math-verify>=0.8"]
 ANALYSIS = ["kneed>=0.8"]

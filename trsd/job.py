@@ -27,10 +27,11 @@ from trsd.models import (
     load_tokenizer,
     logit_options,
     model_folder,
+    recompute_activations,
 )
 from trsd.nf4 import require_bitsandbytes
 from trsd.optim import optimizer_class
-from trsd.parallel import refuse_unsupported
+from trsd.parallel import check_ranks
 from trsd.placement import Placement
 from trsd.ranks import Ranks
 from trsd.recipe import Recipe
@@ -77,7 +78,7 @@ class Job(Placement):
             check_same_tokenizer(self.tokenizer, other, student=self.student_folder, teacher=self.teacher_folder)
         super().__init__(recipe, *_configs(recipe, self._folders), device=_device())
         recipe = self.recipe
-        refuse_unsupported(self, self.ranks)
+        check_ranks(self, self.ranks)
         if recipe.lora_base == "nf4":
             require_bitsandbytes()
         optimizer_class(recipe.optim, on_gpu=self.device == "cuda")  # a missing package is said before any work
@@ -145,7 +146,7 @@ class Job(Placement):
         else:
             model = self._load(folder or self.student_folder, torch.float32, sharded=self.ranks.size > 1)
         if self.recipe.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(model, self.recipe.gradient_checkpointing_policy)
         # So that whoever serves the checkpoint stops where its answers were taught to end.
         model.generation_config.eos_token_id = eos_ids_of(model.generation_config, self.tokenizer)
         return model

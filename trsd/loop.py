@@ -173,7 +173,9 @@ class Loop:
 
     def _flops(self, batches: list[PackedBatch]) -> float:
         """Operations of the student, of a teacher that runs beside it, and of the teacher's head, on this rank."""
-        total = self.flops.training(batches, recomputed=self.placement.recipe.gradient_checkpointing)
+        recipe = self.placement.recipe
+        again = recipe.gradient_checkpointing and recipe.gradient_checkpointing_policy == "full"
+        total = self.flops.training(batches, recomputed=again)
         total += head_flops(self.teacher_head, sum(len(batch.labels) for batch in batches))
         if self.teacher_flops is None:
             return total

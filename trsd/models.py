@@ -10,12 +10,14 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
@@ -24,6 +26,8 @@ from trsd.paths import resolve_bundled
 from trsd_kernels import AttentionRequest, PackedLayout, choose_backend, packed_layout, varlen_attention
 
 PACKED_ATTENTION = "trsd_varlen"
+# Operations whose results are worth more than the memory they take, by a part of their names.
+KEPT = ("aten::mm", "aten::addmm", "attention", "varlen", "flash_attn")
 WEIGHT_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "*.py")
 
 
@@ -129,6 +133,26 @@ def load_for_decoding(folder: Path) -> PreTrainedModel:
     """A model that is only asked to write: on a GPU in bf16 if there is one, else on the CPU in fp32."""
     cuda = torch.cuda.is_available()
     return load_model(folder, dtype=torch.bfloat16 if cuda else torch.float32, device="cuda" if cuda else "cpu")
+
+
+def recompute_activations(model: PreTrainedModel, policy: str, **options: Any) -> None:
+    """Keep less of a layer's forward pass and compute it again in the backward pass.
+
+    Args:
+        model: whose layers do so.
+        policy: "full" keeps a layer's input alone; "selective" also what products and attention gave, so that only
+            norms, rotations and activations run twice.
+        options: of ``torch.utils.checkpoint``.
+    """
+    if policy == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _kept_or_not)
+    model.gradient_checkpointing_enable({"use_reentrant": False, **options})
+
+
+def _kept_or_not(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    name = operation.name() if hasattr(operation, "name") else str(operation)
+    kept = any(part in name for part in KEPT)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from trsd.ranks import Ranks
 from trsd.student_loss import LossHead, StudentLoss
 
 
-def refuse_unsupported(placement: Placement, ranks: Ranks) -> None:
+def check_ranks(placement: Placement, ranks: Ranks) -> None:
     """Raise InputError for a recipe that these ranks cannot run, with what to do."""
     recipe = placement.recipe
     if ranks.size == 1:

@@ -143,6 +143,9 @@ class Recipe:
     """Attention of packed rows: auto takes the best that is installed and can; triton is ours, sdpa runs everywhere."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    gradient_checkpointing_policy: Literal["full", "selective"] = "full"
+    """What is recomputed: whole layers, or (selective) all but products and attention, which takes more memory and
+    little time."""
     shard_group_size: int | None = None
     """Under torchrun: ranks that share one copy of the weights, replicated over the rest; left out, all ranks."""
     vocab_parallel: bool = False

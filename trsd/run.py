@@ -54,6 +54,7 @@ LATER = {  # what neither traces nor teacher targets depend on: free between trs
     "max_steps",
     "train_batch_size",
     "gradient_checkpointing",
+    "gradient_checkpointing_policy",
     "loss_chunk_bytes",
 }
 

@@ -24,7 +24,7 @@ from trsd.fp8 import to_fp8
 from trsd.loop import Loop, StepRows
 from trsd.loop_meter import ACTIVATIONS, LOSS_WORK, LoopMeter
 from trsd.methods import Method, TeacherExamples
-from trsd.models import refuse_unsupported
+from trsd.models import recompute_activations, refuse_unsupported
 from trsd.optim import state_bytes
 from trsd.placement import Placement
 from trsd.recipe import ONLINE
@@ -108,7 +108,7 @@ class _Simulation:
             with torch.device("meta"):
                 add_adapter(student, self.recipe.lora_rank, seed=0, **adapter_options(self.recipe))
         if self.recipe.gradient_checkpointing:
-            student.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            recompute_activations(student, self.recipe.gradient_checkpointing_policy, preserve_rng_state=False)
         self.student = student.train()
         self.trained = [p for p in student.parameters() if p.requires_grad]
         self.teacher, self.teacher_bytes = self._teacher(method)
