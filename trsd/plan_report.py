@@ -90,7 +90,7 @@ def _memory(plan: Plan) -> str:
     spare = memory - needed
     said = f"it fits, {spare:.1f} GiB are left" if fits else f"IT DOES NOT FIT: {-spare:.1f} GiB are missing"
     beside = "" if plan.ceilings.name == "CPU" else ", the context and fragments included"
-    sharded = "\nas full sharding (FSDP2) would hold it; the trainer itself runs on one GPU" if plan.gpus > 1 else ""
+    sharded = f"\nas FSDP2 shards it: torchrun --nproc_per_node {plan.gpus} -m trsd.train" if plan.gpus > 1 else ""
     return f"{text}\n{needed:.1f} GiB are needed{beside}: {said}{sharded}"
 
 
