@@ -1,6 +1,10 @@
 """Runs of several ranks: the losses of one, resumed by any number, and what happens when one of them fails."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +33,7 @@ def ran(launch, words, tmp_path):
     def ran(name, num_ranks, **flags):
         codes, logs, _ = launch(words(name, **({"max_steps": 4} | flags)), num_ranks)
         assert codes == [0] * num_ranks, "\n".join(logs)
-        assert not logs[-1] or num_ranks == 1  # rank 0 alone prints
+        assert ["attention:" in log for log in logs] == [True] + [False] * (num_ranks - 1)  # rank 0 alone prints
         return tmp_path / name
 
     return ran
@@ -190,3 +194,22 @@ def test_fault_25_a_rank_that_hangs_ends_the_run_in_time_with_all_stacks(launch,
     codes, logs, seconds = launch(words("run", timeout_seconds=8), 2, accident="hang", seconds=60)
     assert codes == [1, 1] and seconds < 50
     assert "in backward" in logs[1] and "Timeout" in logs[1]
+
+
+def test_torchrun_starts_the_ranks_and_gets_their_exit_code(words, tmp_path):
+    root = Path(__file__).parent.parent
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
+
+    def torchrun(**flags):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "trsd.train"]
+        flags = dict(max_steps=1) | flags
+        return subprocess.run(
+            [*command, *words("run", **flags)], capture_output=True, text=True, env=variables, timeout=120
+        )
+
+    done = torchrun()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("attention: sdpa") == 1 and (tmp_path / "run" / "checkpoint-1").exists()
+    refused = torchrun()
+    assert refused.returncode == 1 and refused.stderr.count("already holds a run") == 1
+    assert "exitcode  : 2" in refused.stderr and "Traceback (most" not in refused.stderr.split("torchrun")[0]

@@ -31,7 +31,7 @@ from trsd.metrics import MetricsLog, progress_bar, say, step_line
 from trsd.models import quieten_transformers
 from trsd.prepare import build_method, prepare_traces
 from trsd.prepare_teacher import prepare_teacher, student_as_teacher
-from trsd.ranks import Ranks, is_lost_rank, launched_ranks, open_ranks
+from trsd.ranks import Ranks, ended_at_once, is_lost_rank, launched_ranks, open_ranks
 from trsd.recipe import Recipe
 from trsd.recipe_file import fail, parse_recipe, recipe_as_yaml
 from trsd.report import model_card, summary, write_report
@@ -208,6 +208,12 @@ def main(argv: list[str] | None = None) -> None:
         print(recipe_as_yaml(recipe), end="")
         return
     quieten_transformers()
+    with ended_at_once():
+        _run_guarded(recipe, name)
+
+
+def _run_guarded(recipe: Recipe, name: str) -> None:
+    """``run``, with what ends it said in a line."""
     try:
         with Interruption() as interruption, open_ranks(recipe.timeout_seconds) as ranks:
             run(recipe, name, ranks, interruption)
