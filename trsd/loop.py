@@ -6,7 +6,7 @@ number changes a step by rounding only.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from trsd.student_loss import StudentLoss
 from trsd.teacher_cache import HiddenCache
 from trsd.teachers import OnlineTeacher, Teacher
 from trsd.working_weights import WorkingWeights
-from trsd_kernels import FusedLinearDistillation, fill_rate
+from trsd_kernels import FusedLinearDistillation, LinearDistillationOutput, fill_rate
 
 
 class StepRows(NamedTuple):
@@ -51,13 +51,19 @@ class Loop:
         teacher: Teacher | None,
         method: Method,
         ranks: Ranks | None = None,
+        *,
+        held_out: Sequence[int] = (),
     ) -> None:
-        """Take the parts of a run; with several ``ranks`` the model is sharded over them, in place."""
+        """Take the parts of a run; with several ``ranks`` the model is sharded over them, in place.
+
+        Traces that are ``held_out`` are not learnt from; ``validation.py`` measures their loss.
+        """
         recipe, ranks = placement.recipe, ranks or Ranks(device=placement.device)
         self.placement, self.model, self.teacher, self.method, self.ranks = placement, model, teacher, method, ranks
-        num_traces = len(method.traces)
-        self.stream = TraceStream(num_traces, batch_size=recipe.train_batch_size, seed=recipe.seed)
-        self.num_steps = recipe.max_steps or math.ceil(recipe.num_train_epochs * num_traces / recipe.train_batch_size)
+        batch_size = recipe.train_batch_size
+        self.held_out = held_out
+        self.stream = TraceStream(len(method.traces), batch_size=batch_size, seed=recipe.seed, held_out=held_out)
+        self.num_steps = recipe.max_steps or math.ceil(recipe.num_train_epochs * self.stream.num_traces / batch_size)
         self.backend = placement.attention_backend(model, branches=recipe.branches_per_trace > 1)
         self.student = self._student()
         self.flops = FlopCounter(model)
@@ -99,7 +105,11 @@ class Loop:
 
     def rows_of(self, step: int) -> StepRows:
         """What this rank runs in ``step``: of the same step always the same."""
-        examples = self.method.examples(self.stream.step(step))
+        return self.packed(self.stream.step(step))
+
+    def packed(self, members: Sequence[tuple[int, int]]) -> StepRows:
+        """What this rank runs of (epoch, trace index) pairs."""
+        examples = self.method.examples(members)
         batches = pack_examples(
             examples,
             self.placement.recipe.max_tokens_per_batch,
@@ -170,11 +180,15 @@ class Loop:
         seen = [self.teacher.examples[index] for batch in batches for index in sorted(set(batch.trace_indices))]
         return total + self.teacher_flops.reading(seen)
 
+    def forward(self, batch: PackedBatch, rows: StepRows) -> tuple[Tensor, LinearDistillationOutput, Tensor]:
+        """What ``StudentLoss`` makes of one packed row of ``rows``; the working weights must be in use."""
+        targets = None if self.teacher is None else self.teacher.targets
+        return self.student(batch, rows.num_items, rows.num_thinking, targets)
+
     def _backward(self, batch: PackedBatch, rows: StepRows, *, is_last: bool = True) -> Tensor:
         """Add the gradients of one packed row; returns its [loss, cross-entropy, divergence, thinking]."""
         last_row(self.student, is_last)
-        targets = None if self.teacher is None else self.teacher.targets
         with self.weights.in_use():
-            loss, out, thinking = self.student(batch, rows.num_items, rows.num_thinking, targets)
+            loss, out, thinking = self.forward(batch, rows)
             loss.backward()
         return torch.stack([loss.detach(), out.cross_entropy, out.divergence, thinking.detach()])

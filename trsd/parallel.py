@@ -61,6 +61,12 @@ def last_row(student: nn.Module, is_last: bool) -> None:
         student.set_requires_all_reduce(is_last)
 
 
+def give_back(student: nn.Module) -> None:
+    """Free the gathered weights that a forward pass without a backward pass leaves."""
+    if isinstance(student, FSDPModule):
+        student.reshard()
+
+
 def _groups_of_the_body(model: PreTrainedModel) -> Iterator[nn.Module]:
     """Its layers, and what else has weights, the embeddings apart."""
     embeddings = model.get_input_embeddings()

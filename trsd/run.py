@@ -41,6 +41,7 @@ FREE_TO_CHANGE = {
 LATER = {  # what neither traces nor teacher targets depend on: free between trsd.cache and trsd.train
     "eval_data",
     "max_eval_samples",
+    "validation_samples",
     "eval_budgets",
     "learning_rate",
     "lr_scheduler_type",

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from trsd.batching import Example
 from trsd.checkpoint import Checkpointer, load_state
+from trsd.checkpoint_folders import best_checkpoint
 from trsd.errors import InputError
 from trsd.evaluate import evaluate, table
 from trsd.files import write_json
@@ -37,6 +38,7 @@ from trsd.recipe_file import fail, parse_recipe, recipe_as_yaml
 from trsd.report import model_card, summary, write_report
 from trsd.row_shards import file_sha256
 from trsd.run import discard_unbegun, open_run
+from trsd.validation import held_out_traces, validation_loss
 from trsd.watchdog import Watchdog
 
 
@@ -132,15 +134,21 @@ def train(job: Job, loop: Loop, resume_from: Path | None, interruption: Interrup
             except NonFiniteError:
                 checkpointer.wait()  # all ranks stop here, and an earlier checkpoint may still be written
                 raise
+            done, interrupted, measured = step + 1, values["interrupted"], {}
+            due = done == loop.num_steps or (recipe.save_steps is not None and done % recipe.save_steps == 0)
+            if due and loop.held_out:  # not for a signal's checkpoint, which must be there soon
+                watchdog.beat()
+                measured = {"validation_loss": validation_loss(loop)}
             if log:
-                log.write(**values)
-            done, interrupted = step + 1, values["interrupted"]
+                log.write(**values, **measured)
             if done % recipe.logging_steps == 0 or done in (1, loop.num_steps) or interrupted or values["skipped"]:
                 remaining = (time.perf_counter() - start) / (done - first) * (loop.num_steps - done)
                 say(step_line(done, loop.num_steps, values, remaining_seconds=remaining))
             advance(done, loop.num_steps)
-            if done == loop.num_steps or interrupted or (recipe.save_steps and done % recipe.save_steps == 0):
-                trainer = identity | {"guard": loop.guard.state()}
+            if measured:
+                say(f"step {done}/{loop.num_steps}  validation loss {measured['validation_loss']:.4f}")
+            if due or interrupted:
+                trainer = identity | {"guard": loop.guard.state()} | measured
                 checkpointer.save(done, model=loop.model, optimizer=loop.optimizer, trainer=trainer)
             if interrupted:
                 say(f"{checkpointer.wait().name} is complete")
@@ -164,6 +172,7 @@ def run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) -> 
         job = Job(recipe, output_dir, ranks)
         _ = job.evaluation_questions  # what is wrong with them is said before any work
         method = build_method(job, prepare_traces(job))
+        held_out = held_out_traces(recipe, len(method.traces))
     except (InputError, OSError, ImportError):
         if ranks.is_main:
             discard_unbegun(output_dir)
@@ -172,7 +181,8 @@ def run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) -> 
     model = job.student(resume_from)
     readable = model if ranks.size == 1 else None
     before = evaluate_student(job, readable, "before", folder=job.student_folder)
-    loop = Loop(job, model, teacher or student_as_teacher(job, model, method), method, ranks)
+    teacher = teacher or student_as_teacher(job, model, method)
+    loop = Loop(job, model, teacher, method, ranks, held_out=held_out)
     print(f"attention: {loop.backend}")
     print_example(job, method, loop.stream.step(0))
     checkpoint = train(job, loop, resume_from, interruption)
@@ -196,6 +206,8 @@ def finish(
         print(summary(before, after))
     gpu = f", on the GPU {totals['peak_gpu_memory_gib']:.2f} GiB" if job.device == "cuda" else ""
     print(f"{seconds:.0f} s, peak memory {peak:.2f} GiB{gpu}\nmodel   {checkpoint}\nreport  {report}")
+    if best := best_checkpoint(job.output_dir):
+        print(f"best    {job.output_dir / best['checkpoint']} (validation loss {best['validation_loss']:.4f})")
 
 
 def main(argv: list[str] | None = None) -> None:
