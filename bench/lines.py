@@ -298,6 +298,40 @@ class DecodingLine(InTurnLine):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OverheadLine(InTurnLine):
+    """What the trainer does beside computing a step; its reference does the same another way, as the group says."""
+
+    columns: ClassVar = ("ms", "± %", "reference", "step ms", "% of step", "promised", "rounds")
+
+    added_milliseconds: float | None = None
+    """What a step takes longer for it."""
+    step_milliseconds: float | None = None
+    """Median."""
+    promised: float | None = None
+    """The largest share that it may have."""
+
+    @property
+    def share(self) -> float | None:
+        """Of a step."""
+        return self.step_milliseconds and self.added_milliseconds / self.step_milliseconds
+
+    def extra(self) -> dict[str, Any]:
+        return super().extra() | ({} if self.share is None else {"share": self.share})
+
+    def cells(self) -> tuple[str, ...]:
+        """A cell per column."""
+        share, promised = (None if value is None else 100 * value for value in (self.share, self.promised))
+        return (
+            *self._time_cells(3)[:2],
+            shown(self.reference_milliseconds, 3),
+            shown(self.step_milliseconds, 1),
+            shown(share, 3),
+            "-" if promised is None else f"{promised:g}",
+            str(self.rounds),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class FillLine:
     """Real sequences packed into rows."""
 
@@ -357,7 +391,10 @@ class CeilingLine:
         return shown(self.measured, digits), shown(self.stated, 0), self.unit, str(self.rounds)
 
 
-KINDS = (LossLine, AttentionLine, StepLine, TrainingLine, TransferLine, DecodingLine, FillLine, CeilingLine)
+KINDS = (
+    *(LossLine, AttentionLine, StepLine, TrainingLine, TransferLine, DecodingLine, OverheadLine),
+    *(FillLine, CeilingLine),
+)
 
 
 def read_line(values: dict[str, Any]) -> Any:

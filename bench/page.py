@@ -56,6 +56,8 @@ EXPLANATIONS = {
     "`rows` decode together.",
     "teacher_caches": "The teacher's targets on disk, beside plain files of the same tensors, as the groups say.",
     "checkpoints": "Checkpoints on disk, beside torch's own way to write and read the same tensors.",
+    "overheads": "What the trainer does beside computing a step: `% of step` is how much longer a step takes for it, "
+    "against what is promised. `reference` are the milliseconds of another way to do the same, as the groups say.",
     "ceilings": "What the device can do at best; `stated` is by its maker, where it is known.",
 }
 FACTS = ("device", "driver", "threads", "commit", "date", "python", "torch", *PACKAGES)

@@ -49,6 +49,7 @@ def gpu_tests() -> tuple[str, ...]:
     )
 
 
+REST = ("decoding", "teacher_caches", "checkpoints", "overheads")
 BENCHMARK = ("--benchmark-only", "--benchmark-quiet")
 
 
@@ -60,7 +61,7 @@ def stages() -> tuple[Stage, ...]:
         Stage("whole training steps", 165, (suite("training"), *BENCHMARK)),
         Stage("the loss", 100, (suite("linear_distill"), *BENCHMARK)),
         Stage("attention, branches, packing", 70, (suite("attention"), suite("trsd_step"), *BENCHMARK)),
-        Stage("the rest", 40, (*(suite(name) for name in ("decoding", "teacher_caches", "checkpoints")), *BENCHMARK)),
+        Stage("the rest", 40, (*map(suite, REST), *BENCHMARK)),
     )
 
 

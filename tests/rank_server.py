@@ -4,8 +4,10 @@ Reads a line of JSON for each run: ``{"words": [...], "num_ranks": 2, "accident"
 nothing itself, so its children may.
 """
 
+import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -14,9 +16,11 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 
-from trsd import prepare, train
+from trsd import checkpoint, prepare, train
 from trsd.checkpoint import Checkpointer
+from trsd.interruption import SAME_SECONDS
 from trsd.loop import Loop
 
 AT_STEP = 2  # of accidents: during the third step, to the last rank
@@ -34,7 +38,43 @@ def signalled(module, name, number=signal.SIGTERM):
     setattr(module, name, called)
 
 
+def no_room():
+    """Let rank 0's saves of the second and third step find no room on the disk."""
+    true, calls = shutil.disk_usage, []
+
+    def disk_usage(path):
+        found = true(path)
+        if Path(path).name != "run":
+            return found
+        calls.append(path)  # the teacher's cache asks first
+        return found if len(calls) not in (3, 4) else found._replace(free=0)
+
+    checkpoint.shutil.disk_usage = disk_usage
+
+
+def full_disk():
+    """Let rank 1's shards of the second step's checkpoint not be written."""
+    true = dcp.HuggingFaceStorageWriter.write_data
+
+    def write_data(self, *arguments, **options):
+        if os.environ.get("RANK") == "1" and "checkpoint-2." in str(self.path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return true(self, *arguments, **options)
+
+    dcp.HuggingFaceStorageWriter.write_data = write_data
+
+
+def other_traces():
+    """Let rank 1 see another file than rank 0."""
+    if os.environ.get("RANK") == "1":
+        train.file_sha256 = lambda path: "another"
+
+
 ELSEWHERE = {
+    "no room": no_room,
+    "full disk": full_disk,
+    "other traces": other_traces,
+    "hang up in a save": lambda: signalled(Checkpointer, "save", signal.SIGHUP),
     "term in evaluation": lambda: signalled(train, "evaluate"),
     "interrupt in generation": lambda: signalled(prepare, "generate_traces", signal.SIGINT),
     "term in a save": lambda: signalled(Checkpointer, "save"),
@@ -61,7 +101,10 @@ def accident(kind):
         elif kind == "death":
             os.kill(os.getpid(), signal.SIGKILL)
         elif kind.startswith("term"):
-            for _ in range(2 if kind == "term twice" else 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+            if kind == "term twice":
+                os.kill(os.getpid(), signal.SIGTERM)  # as a launcher passes it on: the same one
+                time.sleep(SAME_SECONDS + 0.1)
                 os.kill(os.getpid(), signal.SIGTERM)
         elif kind == "interrupt":
             os.kill(os.getpid(), signal.SIGINT)

@@ -12,6 +12,7 @@ from bench.lines import (
     DecodingLine,
     FillLine,
     LossLine,
+    OverheadLine,
     StepLine,
     TrainingLine,
     TransferLine,
@@ -92,6 +93,16 @@ SUITES = {
     ],
     "decoding": [DecodingLine(group="256 questions", contender="padded", num_tokens=9000, **timed(8000, 4000))],
     "teacher_caches": [TransferLine(group="64 traces", contender="hidden", moved_bytes=1e9, **timed(50, 40))],
+    "overheads": [
+        OverheadLine(
+            group="before the optimizer",
+            contender="guard",
+            added_milliseconds=0.5,
+            step_milliseconds=200.0,
+            promised=0.01,
+            **timed(3.0, 2.5),
+        )
+    ],
     "ceilings": [CeilingLine(group="products", contender="bf16", measured=731.0, stated=989.0, unit="TFLOP/s")],
 }
 ENVIRONMENT = {"date": "2026-11-25", "device": "NVIDIA H100", "threads": "8", "commit": "abc", "torch": "2.13.0"}
@@ -163,6 +174,13 @@ def test_every_kind_of_line_is_in_a_table_and_every_picture_is_there(make_page, 
         assert content[:8] == b"\x89PNG\r\n\x1a\n" and 10_000 < len(content) < 500_000
         width, height = struct.unpack(">II", content[16:24])
         assert width == 1440 and 300 < height < 1500
+
+
+def test_an_overhead_is_a_share_of_the_step_beside_its_promise(make_page):
+    text = make_page({"overheads": SUITES["overheads"]})
+    assert rows_of(text, "guard")[0][1:] == ["3.000", "1.0", "2.500", "200.0", "0.250", "1", "5"]
+    assert page.EXPLANATIONS["overheads"] in text
+    assert OverheadLine(group="g", contender="c", outcome="out of memory").share is None
 
 
 def test_outcomes_stand_in_the_table_and_their_reasons_below_it(make_page):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import losses, make_tiny_model
+from conftest import losses, make_tiny_model, refusal
 from safetensors.torch import load_file
 
 from trsd.checkpoint_folders import newest_whole
@@ -194,6 +194,47 @@ def test_fault_25_a_rank_that_hangs_ends_the_run_in_time_with_all_stacks(launch,
     codes, logs, seconds = launch(words("run", timeout_seconds=8), 2, accident="hang", seconds=60)
     assert codes == [1, 1] and seconds < 50
     assert "in backward" in logs[1] and "Timeout" in logs[1]
+
+
+@pytest.mark.parametrize(
+    ("accident", "lost", "kept"), [("no room", (2, 3), (1, 4, 5, 6)), ("full disk", (2,), (1, 3, 4, 5, 6))]
+)
+def test_fault_04_a_save_that_fails_on_one_rank_is_a_warning_and_the_next_ones_succeed(
+    launch, words, tmp_path, accident, lost, kept
+):
+    codes, logs, _ = launch(words("run", save_steps=1, timeout_seconds=30), 2, accident=accident)
+    assert codes == [0, 0], "\n".join(logs)
+    for step in lost:
+        assert f"checkpoint-{step} was not saved (OSError" in logs[0]
+    found = sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*"))
+    assert found == [f"checkpoint-{step}" for step in kept]
+
+
+def test_fault_04_a_last_save_that_fails_on_one_rank_ends_all_with_an_error(launch, words):
+    codes, logs, _ = launch(words("run", max_steps=2, timeout_seconds=30), 2, accident="full disk")
+    assert codes == [2, 2] and "checkpoint-2 of" in logs[0] and "was not saved" in logs[0]
+
+
+def test_fault_09_ranks_that_see_other_files_are_refused(launch, words):
+    codes, logs, _ = launch(words("run"), 2, accident="other traces")
+    assert codes[0] == 2 and "rank 1 has other traces or model files than rank 0" in logs[0]
+
+
+@pytest.mark.parametrize("command", ["cache", "sweep", "evaluate", "generate"])
+def test_commands_of_one_process_are_refused_under_torchrun(monkeypatch, capsys, command, words, tmp_path):
+    from trsd import cache, evaluate, generate, sweep
+
+    for name, value in dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    one = ["--model", str(tmp_path / "tiny"), "--data", str(tmp_path / "traces.jsonl")]
+    run = words("run")
+    calls = {
+        "cache": lambda: cache.main(run),
+        "sweep": lambda: sweep.main([*run[: run.index("--anchor_share")], "--method", "sft", "--eval_data", one[-1]]),
+        "evaluate": lambda: evaluate.main([*one, "--budgets", "4"]),
+        "generate": lambda: generate.main([*one, "--output", str(tmp_path / "out.jsonl")]),
+    }
+    assert "start it without torchrun" in refusal(capsys, calls[command])
 
 
 def test_torchrun_starts_the_ranks_and_gets_their_exit_code(words, tmp_path):

@@ -4,13 +4,14 @@ import shutil
 
 import pytest
 import torch
-from conftest import losses, read_metrics
+from conftest import losses, read_metrics, refusal
 from safetensors.torch import load_file
 
 from trsd.batching import TraceStream
 from trsd.guards import LEAST_STEPS, StepGuard
 from trsd.loop import Loop
 from trsd.metrics import MetricsLog
+from trsd.run import alone_in
 
 
 def state(folder, step):
@@ -136,6 +137,29 @@ def test_fault_24_a_signal_in_evaluation_or_generation_ends_at_once_and_can_be_g
     assert ended == code and "latest goes on" in log and "Traceback" not in log
     (ended,), (log,), _ = launch(words("run", resume_from_checkpoint="latest", **flags), 1)
     assert ended == 0, log
+
+
+def test_fault_24_a_terminal_that_hangs_up_ends_the_run_with_its_checkpoint(launch, words, tmp_path):
+    (code,), (log,), _ = launch(words("run", save_steps=2), 1, accident="hang up in a save")
+    assert code == 129, log
+    assert (tmp_path / "run" / "checkpoint-3" / "manifest.json").exists()
+
+
+def test_one_command_begins_a_run_and_goes_on_with_it(run, tmp_path):
+    whole = run("whole", save_steps=2)
+    again = run("again", save_steps=2, resume_from_checkpoint="latest")
+    shutil.rmtree(again / "checkpoint-6")
+    run("again", save_steps=2, resume_from_checkpoint="latest")
+    assert losses(again) == losses(whole)
+
+
+def test_a_second_process_in_the_folder_of_a_run_is_refused(run, tmp_path, capsys):
+    with alone_in(tmp_path / "run"):
+        assert "another process works in output_dir" in refusal(capsys, lambda: run("run"))
+        error = refusal(capsys, lambda: run("run", resume_from_checkpoint="latest"))
+        assert "another process works in output_dir" in error
+    run("run")
+    assert not list(tmp_path.glob(".*.lock"))
 
 
 def test_fault_24_the_second_signal_ends_at_once(launch, words, tmp_path):

@@ -30,11 +30,13 @@ def test_elsewhere_a_signal_is_raised_as_it_comes():
 
 def test_the_second_signal_ends_the_process_at_once():
     code = (
-        "import os, signal\n"
+        "import os, signal, time\n"
         "from trsd.interruption import Interruption\n"
         "with Interruption() as interruption, interruption.deferred():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('once', flush=True)\n"
+        "    time.sleep(2.1)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('twice', flush=True)\n"
     )

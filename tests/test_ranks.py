@@ -17,8 +17,8 @@ def test_every_sequence_is_on_one_rank_and_all_ranks_run_as_many_rows(lengths, n
     assert sorted(index for share in shares for row in share for index in row) == list(range(len(lengths)))
     assert len({len(share) for share in shares}) == 1
     assert all(sum(lengths[index] for index in row) <= max_tokens for share in shares for row in share)
-    empty = sum(not row for share in shares for row in share)
-    assert empty == max(0, len(shares[0]) * num_ranks - len(lengths)) or empty == 0
+    if any(not row for share in shares for row in share):  # only where nothing can be split
+        assert all(len(row) <= 1 for share in shares for row in share)
     if num_ranks == 1:
         assert shares == [rows]
 

@@ -268,7 +268,7 @@ def test_resume_with_another_recipe_is_refused_by_field(run, capsys):
     assert "learning_rate: 0.001 -> 0.5" in error
 
 
-@pytest.mark.parametrize("what,message", [("latest", "no run to resume"), ("checkpoint-9", "no run to resume")])
+@pytest.mark.parametrize("what,message", [("checkpoint-9", "no run to resume"), ("checkpoint-x", "no run to resume")])
 def test_resume_of_nothing_is_refused(run, capsys, what, message):
     assert message in refusal(capsys, lambda: run("nothing", resume_from_checkpoint=what))
 

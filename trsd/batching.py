@@ -7,7 +7,7 @@ one trace, are one example with branches: what they share runs once.
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -174,16 +174,22 @@ def _label_rows(segment: Example | Branch, end: int) -> Iterable[int]:
 class TraceStream:
     """The endless order of traces: every epoch a new permutation, steps cut from the stream across epoch edges.
 
-    Stateless: the step number alone tells what a step holds, so a resumed run sees exactly what it would have seen.
+    Traces that are ``held_out`` never come. Stateless: the step number alone tells what a step holds, so a resumed run
+    sees exactly what it would have seen.
     """
 
-    def __init__(self, num_traces: int, *, batch_size: int, seed: int) -> None:
-        if num_traces < 1:
+    def __init__(self, num_traces: int, *, batch_size: int, seed: int, held_out: Collection[int] = ()) -> None:
+        self._learnt = sorted(set(range(num_traces)) - set(held_out))
+        if not self._learnt:
             raise ValueError("no traces to train on")
-        self.num_traces = num_traces
         self.batch_size = batch_size
         self.seed = seed
         self._order: tuple[int, list[int]] = (-1, [])
+
+    @property
+    def num_traces(self) -> int:
+        """Traces of an epoch."""
+        return len(self._learnt)
 
     def step(self, step: int) -> list[tuple[int, int]]:
         """(epoch, trace index) of every trace in optimizer step ``step``, counted from 0."""
@@ -193,7 +199,7 @@ class TraceStream:
     def _at(self, index: int) -> tuple[int, int]:
         epoch, place = divmod(index, self.num_traces)
         if self._order[0] != epoch:
-            order = list(range(self.num_traces))
+            order = list(self._learnt)
             random.Random(f"{self.seed}:{epoch}").shuffle(order)
             self._order = (epoch, order)
         return epoch, self._order[1][place]

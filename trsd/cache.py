@@ -14,9 +14,10 @@ from trsd.job import Job, with_teacher
 from trsd.models import quieten_transformers
 from trsd.prepare import build_method, prepare_traces
 from trsd.prepare_teacher import cache_folder, describe_cache, prepare_teacher
+from trsd.ranks import refuse_ranks
 from trsd.recipe import Recipe
 from trsd.recipe_file import fail, parse_recipe, recipe_as_yaml
-from trsd.run import discard_unbegun, open_run
+from trsd.run import alone_in, discard_unbegun, open_run, with_output_dir
 
 
 def cache(recipe: Recipe, name: str = "run") -> Path:
@@ -32,7 +33,13 @@ def cache(recipe: Recipe, name: str = "run") -> Path:
         raise InputError(f"teacher: this recipe has {what}, and there is nothing to cache: train it as it is")
     if recipe.resume_from_checkpoint:
         raise InputError("resume_from_checkpoint: a cache is gone on with by itself: leave it out")
-    recipe, output_dir, _ = open_run(recipe, name)
+    recipe = with_output_dir(recipe, name)
+    with alone_in(Path(recipe.output_dir)):
+        return _cache(recipe)
+
+
+def _cache(recipe: Recipe) -> Path:
+    recipe, output_dir, _ = open_run(recipe)
     torch.manual_seed(recipe.seed)
     try:
         job = Job(recipe, output_dir)
@@ -58,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     quieten_transformers()
     try:
+        refuse_ranks("python -m trsd.cache")
         cache(recipe, name)
     except (InputError, OSError, ImportError) as error:
         fail(str(error))

@@ -14,8 +14,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
-from contextlib import suppress
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,11 +24,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel
 
 from trsd.adapters import adapter_files, has_adapter, merged_state
 from trsd.checkpoint_folders import TRAINER, keep_within, publish, temporary_folder
-from trsd.checkpoint_shards import SHARDS, empty_state, gathered_weights, load_shards, save_shards, sharded_state
+from trsd.checkpoint_shards import (
+    SHARDS,
+    empty_state,
+    first_failure,
+    gathered_weights,
+    load_shards,
+    save_shards,
+    sharded_state,
+)
 from trsd.errors import InputError
 from trsd.manifest import read_json_object
 from trsd.optim import restore_state, state_tensors
@@ -56,12 +64,15 @@ class Snapshot:
     """Further safetensors files by relative name."""
     contents: dict[str, bytes]
     """Other files by relative name."""
+    shard_bytes: int = 0
+    """Of what all ranks write beside."""
 
     @property
     def num_bytes(self) -> int:
         """What will be written, tied weights once."""
         every = [*self.weights.values(), *(t for tensors in self.tensors.values() for t in tensors.values())]
-        return sum({t.data_ptr(): t.nbytes for t in every}.values()) + sum(map(len, self.contents.values()))
+        whole = sum({t.data_ptr(): t.nbytes for t in every}.values()) + sum(map(len, self.contents.values()))
+        return whole + self.shard_bytes
 
 
 class Checkpointer:
@@ -113,7 +124,9 @@ class Checkpointer:
             self._shell = self._shell or shell_of(model)
             snapshot = take_snapshot(step, model=model, optimizer=optimizer, trainer=trainer, ranks=self.ranks)
             if self.ranks.size > 1:
-                self._shards = self._begin_shards(step, sharded_state(model, optimizer))
+                state = sharded_state(model, optimizer)
+                snapshot = replace(snapshot, shard_bytes=sum(t.numel() * t.element_size() for t in state.values()))
+                self._shards = self._begin_shards(step, state)
         except (MemoryError, RuntimeError) as error:  # copies that do not fit in memory must not end the training
             if self.ranks.size > 1:
                 raise  # the other ranks wait for this one
@@ -155,16 +168,15 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        elif self._shards is not None:  # of another rank's folder: rank 0's thread waits for its own, and says
-            with suppress(Exception):
-                self._shards.result()
+        elif self._shards is not None:
+            wait([self._shards])  # what went wrong rank 0 learns too, and says
         self._shards = None
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
             folder = write_checkpoint(self.output_dir, snapshot, self._shell, shards=self._shards)
-        except Exception as error:  # whatever it is, an hour of training is worth more
-            self._fail(snapshot.step, error)
+        except (Exception, CheckpointException) as error:  # whatever it is, an hour of training is worth more
+            self._fail(snapshot.step, first_failure(error))
             return
         self._newest, self._failure = folder, None
         try:
@@ -229,20 +241,22 @@ def write_checkpoint(
     ``shards``: what all ranks are writing to the same temporary folder.
     """
     temporary = temporary_folder(output_dir, snapshot.step)
-    if shards is None:
-        shutil.rmtree(temporary, ignore_errors=True)
-    if (free := shutil.disk_usage(output_dir).free) < snapshot.num_bytes:
-        raise OSError(
-            errno.ENOSPC,
-            f"it takes {snapshot.num_bytes / 2**20:,.0f} MiB and {output_dir} has {free / 2**20:,.0f} MiB free; make "
-            "room, or set save_total_limit",
-        )
     try:
+        if shards is None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if (free := shutil.disk_usage(output_dir).free) < snapshot.num_bytes:
+            raise OSError(
+                errno.ENOSPC,
+                f"it takes {snapshot.num_bytes / 2**20:.0f} MiB and {output_dir} has {free / 2**20:.0f} MiB free: "
+                "make room, or set save_total_limit",
+            )
         write_snapshot(snapshot, temporary, shell)
         if shards is not None:
             shards.result()
         return publish(temporary, snapshot.step)
     finally:
+        if shards is not None:  # all ranks write there until it is done, and no other exchange may begin before
+            wait([shards])
         shutil.rmtree(temporary, ignore_errors=True)
 
 

@@ -13,6 +13,7 @@ import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from trsd.errors import InputError
 from trsd.files import share_like_folder, sync, sync_tree, write_json
@@ -108,6 +109,12 @@ def keep_within(output_dir: Path, limit: int | None, *, saved: Path) -> None:
         hidden = temporary_folder(output_dir, step_of(path))
         os.rename(path, hidden)  # a crash amid the removal must not leave half a checkpoint under its name
         _remove(hidden)
+
+
+def best_checkpoint(output_dir: Path) -> dict[str, Any] | None:
+    """What best.json says: checkpoint, step and validation_loss; None where no loss was measured."""
+    path = output_dir / BEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _note_best(output_dir: Path) -> Path | None:

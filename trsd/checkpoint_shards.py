@@ -44,7 +44,7 @@ def save_shards(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> Futur
     writer = dcp.HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return dcp.async_save(tensors, storage_writer=writer, process_group=ranks.patient)
+        return dcp.async_save(tensors, storage_writer=writer, process_group=ranks.savers)
 
 
 def sharded_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -54,6 +54,12 @@ def sharded_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def first_failure(error: BaseException) -> BaseException:
+    """What went wrong on the first of the ranks that failed; of another error, itself."""
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    return failures[min(failures)][0] if failures else error
 
 
 def load_shards(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
@@ -67,9 +73,9 @@ def load_shards(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(tensors, storage_reader=reader, process_group=ranks.patient, no_dist=ranks.size == 1)
+            dcp.load(tensors, storage_reader=reader, process_group=ranks.savers, no_dist=ranks.size == 1)
     except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
-        raise InputError(f"{path} fits no optimizer of this model: {error}") from error
+        raise InputError(f"{path} fits no optimizer of this model: {first_failure(error)}") from error
 
 
 def empty_state(model: nn.Module) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 from trsd.errors import InputError
 from trsd.flags import parse_flags
 from trsd.models import quieten_transformers
+from trsd.ranks import refuse_ranks
 
 
 def run_command(arguments: type, run: Callable[[Any], Any], *, prog: str, argv: Sequence[str] | None) -> None:
@@ -14,6 +15,7 @@ def run_command(arguments: type, run: Callable[[Any], Any], *, prog: str, argv: 
     args = parse_flags(arguments, argv, prog=prog)
     quieten_transformers()
     try:
+        refuse_ranks(prog)
         run(args)
     except (InputError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,10 +1,15 @@
 """Small files written whole or not at all, and what it takes for files to outlast a power cut."""
 
 import errno
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from trsd.errors import InputError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -53,3 +58,25 @@ def share_like_folder(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(file.stat().st_mode | mode & 0o444)
+
+
+@contextmanager
+def exclusively(path: Path, refusal: str) -> Iterator[None]:
+    """Be the one process that holds the lock file ``path``; the lock ends with the process, however that ends.
+
+    Raises:
+        InputError: ``refusal``, when another process holds it.
+        OSError: no such file can be made.
+    """
+    with path.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(stream.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            held = False  # another process has the lock, or has just finished and removed it
+        if not held:
+            raise InputError(refusal)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

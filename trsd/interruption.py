@@ -1,13 +1,16 @@
-"""SIGTERM and SIGINT: the first lets a step end and its checkpoint be written, the second ends the process at once."""
+"""SIGTERM, SIGINT, SIGHUP: the first lets a step end and its checkpoint be written, the second ends at once."""
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# A launcher passes on what its processes got as well: a signal that comes again so soon is the same one.
+SAME_SECONDS = 2.0
 
 
 class Interrupted(SystemExit):
@@ -24,12 +27,13 @@ class Interruption:
     def __init__(self) -> None:
         self.signal: int | None = None
         """The one that came."""
-        self._deferring = False
+        self._deferring, self._since = False, 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._take)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                self._before[number] = signal.signal(number, self._take)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -48,10 +52,12 @@ class Interruption:
             raise Interrupted(self.signal)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and time.monotonic() - self._since < SAME_SECONDS:
+            return
         if self.signal is not None:
             os.write(2, f"{signal.Signals(number).name} again: ending at once\n".encode())
             os._exit(128 + number)
-        self.signal = number
+        self.signal, self._since = number, time.monotonic()
         if not self._deferring:
             raise Interrupted(number)
         os.write(2, f"{signal.Signals(number).name}: saving after this step; again ends at once\n".encode())

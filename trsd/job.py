@@ -76,7 +76,7 @@ class Job(Placement):
         if teacher:
             other = load_tokenizer(self.teacher_folder, trust_remote_code=recipe.trust_remote_code)
             check_same_tokenizer(self.tokenizer, other, student=self.student_folder, teacher=self.teacher_folder)
-        super().__init__(recipe, *_configs(recipe, self._folders), device=_device())
+        super().__init__(recipe, *_configs(recipe, self.folders), device=_device())
         recipe = self.recipe
         check_ranks(self, self.ranks)
         if recipe.lora_base == "nf4":
@@ -114,7 +114,7 @@ class Job(Placement):
         return token_texts(self.tokenizer, size)
 
     @property
-    def _folders(self) -> tuple[Path, Path]:
+    def folders(self) -> tuple[Path, Path]:
         return self.student_folder, self.teacher_folder
 
     @cached_property

@@ -6,7 +6,7 @@ number changes a step by rounding only.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from trsd.methods import Method
 from trsd.models import logit_options
 from trsd.objective import Objective
 from trsd.optim import build_optimizer, learning_rate_factor, set_learning_rate
-from trsd.parallel import last_row, shard_student
+from trsd.parallel import last_row, refuse_kept_in_fp32, shard_student
 from trsd.placement import Placement
 from trsd.prefetch import Prefetcher
 from trsd.ranks import Ranks
@@ -53,13 +53,19 @@ class Loop:
         teacher: Teacher | None,
         method: Method,
         ranks: Ranks | None = None,
+        *,
+        held_out: Sequence[int] = (),
     ) -> None:
-        """Take the parts of a run; with several ``ranks`` the model is sharded over them, in place."""
+        """Take the parts of a run; with several ``ranks`` the model is sharded over them, in place.
+
+        Traces that are ``held_out`` are not learnt from; ``validation.py`` measures their loss.
+        """
         recipe, ranks = placement.recipe, ranks or Ranks(device=placement.device)
         self.placement, self.model, self.teacher, self.method, self.ranks = placement, model, teacher, method, ranks
-        num_traces = len(method.traces)
-        self.stream = TraceStream(num_traces, batch_size=recipe.train_batch_size, seed=recipe.seed)
-        self.num_steps = recipe.max_steps or math.ceil(recipe.num_train_epochs * num_traces / recipe.train_batch_size)
+        batch_size = recipe.train_batch_size
+        self.held_out = held_out
+        self.stream = TraceStream(len(method.traces), batch_size=batch_size, seed=recipe.seed, held_out=held_out)
+        self.num_steps = recipe.max_steps or math.ceil(recipe.num_train_epochs * self.stream.num_traces / batch_size)
         self.backend = placement.attention_backend(model, branches=recipe.branches_per_trace > 1)
         self.student = self._student()
         self.flops = FlopCounter(model)
@@ -70,6 +76,7 @@ class Loop:
             rows = head_rows(len(model.get_output_embeddings().weight), placement.vocab_size, ranks)
             keep_head_rows(teacher, rows)
         if ranks.size > 1:
+            refuse_kept_in_fp32(model, dtype)
             mesh = ranks.mesh(recipe.shard_group_size)
             shard_student(
                 self.student,
@@ -111,7 +118,11 @@ class Loop:
 
     def rows_of(self, step: int) -> StepRows:
         """What this rank runs in ``step``: of the same step always the same."""
-        examples = self.method.examples(self.stream.step(step))
+        return self.packed(self.stream.step(step))
+
+    def packed(self, members: Sequence[tuple[int, int]]) -> StepRows:
+        """What this rank runs of (epoch, trace index) pairs."""
+        examples = self.method.examples(members)
         batches = pack_examples(
             examples,
             self.placement.recipe.max_tokens_per_batch,
@@ -183,11 +194,15 @@ class Loop:
         seen = [self.teacher.examples[index] for batch in batches for index in sorted(set(batch.trace_indices))]
         return total + self.teacher_flops.reading(seen)
 
+    def forward(self, batch: PackedBatch, rows: StepRows) -> tuple[Tensor, Tensor]:
+        """What ``StudentLoss`` makes of one packed row of ``rows``; the working weights must be in use."""
+        targets = None if self.teacher is None else self.teacher.targets
+        return self.student(batch, rows.num_items, rows.num_thinking, targets)
+
     def _backward(self, batch: PackedBatch, rows: StepRows, *, is_last: bool = True) -> Tensor:
         """Add the gradients of one packed row; returns its [loss, cross-entropy, divergence, thinking]."""
         last_row(self.student, is_last)
-        targets = None if self.teacher is None else self.teacher.targets
         with self.weights.in_use():
-            loss, terms = self.student(batch, rows.num_items, rows.num_thinking, targets)
+            loss, terms = self.forward(batch, rows)
             loss.backward()
         return terms

@@ -19,6 +19,7 @@ from trsd.errors import InputError
 from trsd.placement import Placement
 from trsd.ranks import Ranks
 from trsd.student_loss import LossHead, StudentLoss
+from trsd.working_weights import kept_in_fp32
 
 
 def check_ranks(placement: Placement, ranks: Ranks) -> None:
@@ -50,6 +51,13 @@ def check_ranks(placement: Placement, ranks: Ranks) -> None:
         raise InputError("vocab_parallel: this student's lm_head is its embeddings, which all ranks need: leave it out")
     if recipe.alpha > 0 and recipe.teacher not in ("online", "hidden_cache"):
         raise InputError(f"vocab_parallel: teacher {recipe.teacher} gives no hidden states: use online or hidden_cache")
+
+
+def refuse_kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+    """Raise InputError for a model with parameters that must stay fp32 in bf16 layers: sharding casts whole layers."""
+    kept = kept_in_fp32(model, dtype) if dtype else set()
+    if names := [name for name, parameter in model.named_parameters() if id(parameter) in kept]:
+        raise InputError(f"{type(model).__name__} keeps {names[0]} in fp32: several ranks train it with --bf16 False")
 
 
 def shard_student(
@@ -105,6 +113,12 @@ def last_row(student: nn.Module, is_last: bool) -> None:
     """Say before a backward pass whether it is the step's last: only then replicas sum their gradients."""
     if isinstance(student, FSDPModule):
         student.set_requires_all_reduce(is_last)
+
+
+def give_back(student: nn.Module) -> None:
+    """Free the gathered weights that a forward pass without a backward pass leaves."""
+    if isinstance(student, FSDPModule):
+        student.reshard()
 
 
 def _groups_of_the_body(model: PreTrainedModel) -> Iterator[nn.Module]:

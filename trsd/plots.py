@@ -1,6 +1,6 @@
 """Pictures: accuracy against thinking budget, and the terms of the loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,26 @@ def plot_curves(results: dict[str, dict[str, Any]], path: Path, *, title: str | 
     _save(figure, path)
 
 
-def plot_loss(steps: Sequence[int], terms: dict[str, Sequence[float]], path: Path) -> None:
-    """The loss's terms against the optimizer step, one labelled line each, on a logarithmic axis."""
+def plot_loss(
+    steps: Sequence[int],
+    terms: dict[str, Sequence[float]],
+    path: Path,
+    *,
+    validation: Mapping[int, float] | None = None,
+) -> None:
+    """The loss's terms against the optimizer step, one labelled line each, on a logarithmic axis.
+
+    ``validation``: the loss of traces held out, by step.
+    """
+    validation = validation or {}
     figure, axes = _figure(7.0, 2.8)
     for (label, values), color in zip(terms.items(), COLORS[1:], strict=False):
         axes.plot(steps, values, color=color, lw=1.4, label=label)
+    if validation:
+        label = "traces held out: loss"
+        axes.plot(list(validation), list(validation.values()), "o-", color=COLORS[0], ms=4, lw=1.4, label=label)
     axes.set(xlabel="optimizer step", ylabel="nats per token")
-    if all(value > 0 for values in terms.values() for value in values):
+    if all(value > 0 for values in (*terms.values(), validation.values()) for value in values):
         axes.set_yscale("log")
     axes.legend(frameon=False, fontsize=8)
     _save(figure, path)

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
@@ -12,7 +14,14 @@ class Prefetcher(Generic[T]):
 
     def __init__(self, make: Callable[[int], T], num_steps: int) -> None:
         self._make, self._num_steps = make, num_steps
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        on_gpu = torch.cuda.is_available()
+        self._thread = ThreadPoolExecutor(
+            1,
+            thread_name_prefix="prefetch",
+            # A new thread begins on the first GPU, whichever this process works on.
+            initializer=torch.cuda.set_device if on_gpu else None,
+            initargs=(torch.cuda.current_device(),) if on_gpu else (),
+        )
         self._ahead: tuple[int, Future[T]] | None = None
 
     def take(self, step: int) -> T:

@@ -70,7 +70,7 @@ def _stored(job: Job, path: Path, drops: Path, make: Callable[[], tuple[list[Tra
     """
     alone = job.recipe.method == "palign"
     with job.ranks.main_first() if alone else nullcontext():
-        if not (path.exists() if alone else job.ranks.told(path.exists())):
+        if (job.ranks.is_main and not path.exists()) if alone else not job.ranks.told(path.exists()):
             traces, dropped = make()
             if not traces:
                 raise InputError(
@@ -221,8 +221,7 @@ def build_method(job: Job, traces: Sequence[Trace]) -> Method:
         return LSP(traces, truncation(job), sections(job))
     judged = {}
     if recipe.cut == "judged":
-        with job.ranks.main_first():  # what rank 0 has asked the others read
-            prefixes = sufficient_prefixes(job, traces)
+        prefixes = job.ranks.told(sufficient_prefixes(job, traces) if job.ranks.is_main else None)
         judged = {trace.id: prefix.cut for trace, prefix in zip(traces, prefixes, strict=True)}
     policy = build_policy(
         recipe.cut,

@@ -53,7 +53,7 @@ def prepare_teacher(job: Job, method: Method) -> Teacher | None:
         return _online_teacher(job, examples, sharded=job.ranks.size > 1)
     folder, fingerprint = cache_folder(job), _fingerprint(job, examples)
     with job.ranks.main_first():
-        if not (folder / MANIFEST).exists():
+        if job.ranks.is_main and not (folder / MANIFEST).exists():
             start = time.perf_counter()
             _check_room(job, folder, sum(len(example.labels) for example in examples))
             _build(job, folder, examples, fingerprint)

@@ -38,6 +38,8 @@ class Ranks:
     """Of this rank: "cuda" is the GPU that became its current one."""
     patient: Any = None
     """The group of those who wait for long."""
+    savers: Any = None
+    """The group of what writes checkpoints in the background."""
 
     @property
     def is_main(self) -> bool:
@@ -157,11 +159,17 @@ def open_ranks(timeout_seconds: int) -> Iterator[Ranks]:
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    patient = dist.new_group(backend="gloo", timeout=LONGEST_PREPARATION)
+    patient, savers = (dist.new_group(backend="gloo", timeout=LONGEST_PREPARATION) for _ in range(2))
     with open(os.devnull, "w") as silence, redirect_stdout(silence) if rank else nullcontext():
-        yield Ranks(rank, size, device, patient)
+        yield Ranks(rank, size, device, patient, savers)
         dist.barrier(group=patient)
     dist.destroy_process_group()  # not after an error: it would wait for those that are gone
+
+
+def refuse_ranks(command: str) -> None:
+    """Raise InputError in a command that runs in one process when torchrun started several."""
+    if launched_ranks()[1] > 1:
+        raise InputError(f"{command} runs in one process: start it without torchrun")
 
 
 @contextmanager

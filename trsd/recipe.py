@@ -33,6 +33,9 @@ class Recipe:
     """Use only so many rows of the training data."""
     max_eval_samples: int | None = None
     """Use only so many rows of the evaluation data."""
+    validation_samples: int | None = None
+    """So many traces are held out, not learnt from; their loss is measured at every checkpoint, and the checkpoint of
+    the least is kept (best.json)."""
     trust_remote_code: bool = False
     """Allow model folders to run their own Python code."""
 
@@ -193,6 +196,7 @@ class Recipe:
             "max_steps",
             "max_train_samples",
             "max_eval_samples",
+            "validation_samples",
             "loss_chunk_bytes",
             "teacher_top_k",
             "lora_rank",

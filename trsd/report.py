@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from trsd.checkpoint_folders import best_checkpoint
 from trsd.metrics import read_metrics
 from trsd.plots import plot_curves, plot_loss
 from trsd.recipe import Recipe
@@ -114,8 +115,11 @@ def write_report(run_dir: Path) -> Path:
         tokens = LEARNT.get(yaml.safe_load(recipe_text).get("method", "trsd"), "learnt tokens")
         terms = {label.format(learnt=tokens): [row[name] for row in metrics] for name, label in LOSS_TERMS.items()}
         learnt = {label: values for label, values in terms.items() if any(values)}
-        plot_loss([row["step"] for row in metrics], learnt, run_dir / "loss.png")
+        held_out = {row["step"]: row["validation_loss"] for row in metrics if "validation_loss" in row}
+        plot_loss([row["step"] for row in metrics], learnt, run_dir / "loss.png", validation=held_out)
         parts += ["<h2>Loss</h2>", _image(run_dir / "loss.png", "training loss")]
+        if best := best_checkpoint(run_dir):
+            parts.append(f"<p>Least validation loss: {best['validation_loss']:.4f}, {best['checkpoint']}.</p>")
     if before and after:
         parts += [
             "<h2>Side by side</h2>",

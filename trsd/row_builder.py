@@ -6,7 +6,6 @@ build, ``kill -9`` included, the next one keeps every shard whose sha256 is righ
 holds depends on its traces alone, so the result is the same, byte for byte, as that of a build that was never ended.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trsd.errors import InputError
-from trsd.files import share_like_folder
+from trsd.files import exclusively, share_like_folder
 from trsd.row_shards import MANIFEST, building_folder, check_fingerprint, file_sha256, lock_file, read_manifest
 
 TRACES_PER_SHARD = 128
@@ -164,22 +163,13 @@ def _writing(path: Path, kept: str) -> Iterator[None]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Be the one process that builds ``folder``; the lock ends with the process, however that ends."""
+    """Be the one process that builds ``folder``."""
     path = lock_file(folder)
     with _writing(path, "nothing was begun"):
-        stream = path.open("a")
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.path.samestat(os.fstat(stream.fileno()), path.stat())
-        except (BlockingIOError, FileNotFoundError):
-            held = False  # another process has the lock, or has just finished and removed it
-        if not held:
-            raise InputError(
-                f"another process is building the teacher cache {folder}: start again when it is done, and it is "
-                "taken from there"
-            )
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        path.touch()
+    with exclusively(
+        path,
+        f"another process is building the teacher cache {folder}: start again when it is done, and it is taken from "
+        "there",
+    ):
+        yield

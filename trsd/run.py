@@ -5,6 +5,8 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +17,7 @@ import yaml
 
 from trsd.checkpoint_folders import checkpoints, newest_whole, sweep
 from trsd.errors import InputError
-from trsd.files import write_json, write_text
+from trsd.files import exclusively, write_json, write_text
 from trsd.manifest import verify
 from trsd.recipe import Recipe
 from trsd.recipe_file import recipe_as_yaml
@@ -42,6 +44,7 @@ FREE_TO_CHANGE = {
 LATER = {  # what neither traces nor teacher targets depend on: free between trsd.cache and trsd.train
     "eval_data",
     "max_eval_samples",
+    "validation_samples",
     "eval_budgets",
     "learning_rate",
     "lr_scheduler_type",
@@ -59,8 +62,24 @@ LATER = {  # what neither traces nor teacher targets depend on: free between trs
 }
 
 
-def open_run(recipe: Recipe, name: str) -> tuple[Recipe, Path, Path | None]:
-    """Make or reopen the run folder of ``recipe``; one that was only prepared under this recipe is gone on with.
+def with_output_dir(recipe: Recipe, name: str) -> Recipe:
+    """``recipe`` with the folder of its run, which is named after the time where it was left out."""
+    return replace(recipe, output_dir=recipe.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Be the one process that works in the run folder ``folder``; InputError when another does."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with exclusively(
+        folder.with_name(f".{folder.name}.run.lock"),
+        f"another process works in output_dir {folder}: choose another one, or wait until it has ended",
+    ):
+        yield
+
+
+def open_run(recipe: Recipe) -> tuple[Recipe, Path, Path | None]:
+    """Make or reopen the run folder of ``recipe``, which names it; one that was only prepared is gone on with.
 
     Returns:
         The recipe with its ``output_dir``, the folder, and the checkpoint to resume from (None: from the beginning).
@@ -68,10 +87,11 @@ def open_run(recipe: Recipe, name: str) -> tuple[Recipe, Path, Path | None]:
     Raises:
         InputError: the folder holds another run, or what is to be resumed does not exist or was another recipe's.
     """
-    folder = Path(recipe.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    recipe = replace(recipe, output_dir=str(folder))
-    if recipe.resume_from_checkpoint:
+    folder = Path(recipe.output_dir)
+    if recipe.resume_from_checkpoint and not _is_new(recipe, folder):
         return recipe, folder, _checkpoint_to_resume(recipe, folder)
+    if recipe.resume_from_checkpoint:
+        print(f"note: {folder} holds no run to resume: one begins there", file=sys.stderr)
     begun = {path.name for path in folder.iterdir()} - NOT_YET_BEGUN if folder.exists() else set()
     if begun - PREPARED or (begun and not (folder / RECIPE_FILE).exists()):
         raise InputError(
@@ -86,6 +106,11 @@ def open_run(recipe: Recipe, name: str) -> tuple[Recipe, Path, Path | None]:
     write_text(folder / RECIPE_FILE, recipe_as_yaml(recipe))
     write_json(folder / ENVIRONMENT_FILE, environment())
     return recipe, folder, None
+
+
+def _is_new(recipe: Recipe, folder: Path) -> bool:
+    """Whether ``latest`` is asked for where nothing is yet: so one command can begin a run and go on with it."""
+    return recipe.resume_from_checkpoint == "latest" and not (folder.exists() and any(folder.iterdir()))
 
 
 def discard_unbegun(folder: Path) -> None:

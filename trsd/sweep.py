@@ -27,6 +27,7 @@ from trsd.methods.lsp import learnable
 from trsd.metrics import read_metrics
 from trsd.models import quieten_transformers
 from trsd.prepare import sections, share_traces
+from trsd.ranks import refuse_ranks
 from trsd.recipe import Recipe
 from trsd.recipe_file import fail, names_a_job, parse_recipe, recipe_as_yaml
 from trsd.run import FREE_TO_CHANGE, RECIPE_FILE
@@ -252,6 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends the run in progress too
     sampling = Sampling(temperature=own.temperature_eval, top_p=own.top_p_eval, seed=recipe.seed)
     try:
+        refuse_ranks("python -m trsd.sweep")
         sweep(recipe, own.output_dir, settings, num_samples=own.num_samples, sampling=sampling)
     except (InputError, OSError, ImportError) as error:
         fail(str(error))

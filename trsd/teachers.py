@@ -61,7 +61,17 @@ class OnlineTeacher:
         self.max_tokens = max_tokens_per_batch
         self.ranks = ranks or Ranks()
         self.device = ranks.device if ranks else model.device
-        self.lm_head_weight = model.get_output_embeddings().weight.detach()
+        self._kept_head: Tensor | None = None
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """The model's own as it is now, for sharding moves it; or what was put in its place."""
+        head = self.model.get_output_embeddings().weight.detach()
+        return head if self._kept_head is None else self._kept_head
+
+    @lm_head_weight.setter
+    def lm_head_weight(self, weight: Tensor) -> None:
+        self._kept_head = weight
 
     def targets(self, trace_indices: Sequence[int]) -> HiddenTargets:
         return HiddenTargets(self.hidden_states(trace_indices), gathered(self.lm_head_weight))

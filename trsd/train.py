@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 from transformers import PreTrainedModel
 
 from trsd.batching import Example
-from trsd.checkpoint import Checkpointer, load_state
+from trsd.checkpoint import Checkpointer, SaveError, load_state
+from trsd.checkpoint_folders import best_checkpoint
 from trsd.errors import InputError
 from trsd.evaluate import evaluate, table
 from trsd.files import write_json
@@ -36,7 +38,8 @@ from trsd.recipe import Recipe
 from trsd.recipe_file import fail, parse_recipe, recipe_as_yaml
 from trsd.report import model_card, summary, write_report
 from trsd.row_shards import file_sha256
-from trsd.run import discard_unbegun, open_run
+from trsd.run import alone_in, discard_unbegun, open_run, with_output_dir
+from trsd.validation import held_out_traces, validation_loss
 from trsd.watchdog import Watchdog
 
 
@@ -129,18 +132,27 @@ def train(job: Job, loop: Loop, resume_from: Path | None, interruption: Interrup
             watchdog.beat()
             try:
                 values = loop.step(step, interrupted=lambda: interruption.signal is not None)
-            except NonFiniteError:
-                checkpointer.wait()  # all ranks stop here, and an earlier checkpoint may still be written
+            except NonFiniteError as error:
+                try:
+                    checkpointer.wait()  # all ranks stop here, and an earlier checkpoint may still be written
+                except SaveError as lost:
+                    raise error from lost
                 raise
+            done, interrupted, measured = step + 1, values["interrupted"], {}
+            due = done == loop.num_steps or (recipe.save_steps is not None and done % recipe.save_steps == 0)
+            if due and loop.held_out:  # not for a signal's checkpoint, which must be there soon
+                watchdog.beat()
+                measured = {"validation_loss": validation_loss(loop)}
             if log:
-                log.write(**values)
-            done, interrupted = step + 1, values["interrupted"]
+                log.write(**values, **measured)
             if done % recipe.logging_steps == 0 or done in (1, loop.num_steps) or interrupted or values["skipped"]:
                 remaining = (time.perf_counter() - start) / (done - first) * (loop.num_steps - done)
                 say(step_line(done, loop.num_steps, values, remaining_seconds=remaining))
             advance(done, loop.num_steps)
-            if done == loop.num_steps or interrupted or (recipe.save_steps and done % recipe.save_steps == 0):
-                trainer = identity | {"guard": loop.guard.state()}
+            if measured:
+                say(f"step {done}/{loop.num_steps}  validation loss {measured['validation_loss']:.4f}")
+            if due or interrupted:
+                trainer = identity | {"guard": loop.guard.state()} | measured
                 checkpointer.save(done, model=loop.model, optimizer=loop.optimizer, trainer=trainer)
             if interrupted:
                 say(f"{checkpointer.wait().name} is complete")
@@ -156,7 +168,13 @@ def train(job: Job, loop: Loop, resume_from: Path | None, interruption: Interrup
 
 def run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) -> Path:
     """A whole run; returns its folder. Raises InputError or OSError for input that cannot be used."""
-    recipe, output_dir, resume_from = ranks.told(open_run(with_teacher(recipe), name) if ranks.is_main else None)
+    recipe = ranks.told(with_output_dir(with_teacher(recipe), name) if ranks.is_main else None)
+    with alone_in(Path(recipe.output_dir)) if ranks.is_main else nullcontext():
+        return _run(recipe, name, ranks, interruption)
+
+
+def _run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) -> Path:
+    recipe, output_dir, resume_from = ranks.told(open_run(recipe) if ranks.is_main else None)
     print(f"{name}: {output_dir}" + (f", resuming {resume_from.name}" if resume_from else ""), flush=True)
     torch.manual_seed(recipe.seed)
     start = time.perf_counter()
@@ -164,6 +182,8 @@ def run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) -> 
         job = Job(recipe, output_dir, ranks)
         _ = job.evaluation_questions  # what is wrong with them is said before any work
         method = build_method(job, prepare_traces(job))
+        held_out = held_out_traces(recipe, len(method.traces))
+        ranks.agree("traces or model files", input_fingerprint(job))
     except (InputError, OSError, ImportError):
         if ranks.is_main:
             discard_unbegun(output_dir)
@@ -172,14 +192,23 @@ def run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) -> 
     model = job.student(resume_from)
     readable = model if ranks.size == 1 else None
     before = evaluate_student(job, readable, "before", folder=job.student_folder)
-    loop = Loop(job, model, teacher or student_as_teacher(job, model, method), method, ranks)
+    teacher = teacher or student_as_teacher(job, model, method)
+    loop = Loop(job, model, teacher, method, ranks, held_out=held_out)
     print(f"attention: {loop.backend}")
     print_example(job, method, loop.stream.step(0))
     checkpoint = train(job, loop, resume_from, interruption)
+    del loop, model, teacher  # of a sharded model the checkpoint is read instead
     after = evaluate_student(job, readable, "after", before and before["percent_of"], checkpoint)
     if ranks.is_main:
         finish(job, before, after, checkpoint, seconds=time.perf_counter() - start)
     return output_dir
+
+
+def input_fingerprint(job: Job) -> tuple[Any, ...]:
+    """What all ranks must have alike: the traces, and files of their models by name and size."""
+    files = [file for folder in job.folders for file in sorted(folder.glob("*.safetensors"))]
+    sizes = tuple((file.name, file.stat().st_size) for file in files)
+    return file_sha256(job.output_dir / "traces" / "train.jsonl"), sizes
 
 
 def finish(
@@ -196,6 +225,8 @@ def finish(
         print(summary(before, after))
     gpu = f", on the GPU {totals['peak_gpu_memory_gib']:.2f} GiB" if job.device == "cuda" else ""
     print(f"{seconds:.0f} s, peak memory {peak:.2f} GiB{gpu}\nmodel   {checkpoint}\nreport  {report}")
+    if best := best_checkpoint(job.output_dir):
+        print(f"best    {job.output_dir / best['checkpoint']} (validation loss {best['validation_loss']:.4f})")
 
 
 def main(argv: list[str] | None = None) -> None:

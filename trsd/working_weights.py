@@ -30,7 +30,7 @@ class WorkingWeights:
         copies: dict[Tensor, Tensor] = {}
         self._dtype, self._embeddings = dtype, model.get_input_embeddings()
         kept = {id(layer.weight) for layer in (self._embeddings, model.get_output_embeddings())}
-        kept |= _kept_in_fp32(model, dtype)
+        kept |= kept_in_fp32(model, dtype)
         for module in model.modules() if dtype and copied else ():
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dtype != torch.float32 or id(parameter) in kept:
@@ -68,7 +68,7 @@ class WorkingWeights:
             torch._foreach_copy_(list(self._pairs.values()), list(self._pairs))
 
 
-def _kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype | None) -> set[int]:
+def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype | None) -> set[int]:
     """Ids of the parameters that ``model``'s class wants in fp32 beside others in ``dtype``."""
     names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:  # the other list is for fp16 alone
