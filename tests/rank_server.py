@@ -70,7 +70,20 @@ def other_traces():
         train.file_sha256 = lambda path: "another"
 
 
+def no_folder():
+    """Let rank 0 fail to make the folder of the second step's checkpoint."""
+    true = Path.mkdir
+
+    def mkdir(self, *arguments, **options):
+        if "checkpoint-2." in str(self):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return true(self, *arguments, **options)
+
+    Path.mkdir = mkdir
+
+
 ELSEWHERE = {
+    "no folder": no_folder,
     "no room": no_room,
     "full disk": full_disk,
     "other traces": other_traces,

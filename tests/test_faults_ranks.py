@@ -14,14 +14,12 @@ from safetensors.torch import load_file
 from trsd.checkpoint_folders import newest_whole
 from trsd.metrics import read_metrics
 
-CLOSE = dict(rel=1e-6)  # fp32 sums in another order: 3e-7 measured
-
 
 def weights(folder, step):
     return load_file(folder / f"checkpoint-{step}" / "model.safetensors")
 
 
-def assert_same_curve(one, other, rel=2e-6):
+def assert_same_curve(one, other, rel=1e-6):
     for left, right in zip(losses(one), losses(other), strict=True):
         assert left == pytest.approx(right, rel=rel)
 
@@ -45,7 +43,9 @@ def ran(launch, words, tmp_path):
         (2, dict(branches_per_trace=2)),
         (3, dict(teacher="online", gradient_checkpointing=True, thinking_weight=0.5)),
         (3, dict(train_batch_size=2, max_tokens_per_batch=512)),  # fewer sequences than ranks
-        (2, dict(method="lsp", teacher_model_name_or_path=None, shard_group_size=1)),
+        (2, dict(method="lsp", teacher_model_name_or_path=None)),
+        (2, dict(shard_group_size=1, train_batch_size=10)),  # several rows a rank, whose sum replicas exchange once
+        (4, dict(shard_group_size=2)),
     ],
 )
 def test_ranks_have_the_losses_of_one(ran, tmp_path, num_ranks, flags):
@@ -93,7 +93,7 @@ def test_an_adapter_trains_and_resumes_over_ranks_as_in_one(ran, flags):
         before = losses(source)
         ran(source.name, num_ranks, **flags, resume_from_checkpoint="latest")
         for left, right in zip(losses(source), before, strict=True):
-            assert left == (right if (source, num_ranks) == (two, 2) else pytest.approx(right, rel=2e-6))
+            assert left == (right if (source, num_ranks) == (two, 2) else pytest.approx(right, rel=1e-6))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_what_one_rank_saved_several_go_on_with(ran):
     ran("whole", 2, save_steps=2, resume_from_checkpoint="latest")
     assert losses(whole)[:2] == before[:2]
     for left, right in zip(losses(whole), before, strict=True):
-        assert left == pytest.approx(right, rel=2e-6)
+        assert left == pytest.approx(right, rel=1e-6)
 
 
 def test_generation_and_evaluation_are_shared_and_give_what_one_rank_gives(ran, tmp_path):
@@ -197,7 +197,8 @@ def test_fault_25_a_rank_that_hangs_ends_the_run_in_time_with_all_stacks(launch,
 
 
 @pytest.mark.parametrize(
-    ("accident", "lost", "kept"), [("no room", (2, 3), (1, 4, 5, 6)), ("full disk", (2,), (1, 3, 4, 5, 6))]
+    ("accident", "lost", "kept"),
+    [("no room", (2, 3), (1, 4, 5, 6)), ("full disk", (2,), (1, 3, 4, 5, 6)), ("no folder", (2,), (1, 3, 4, 5, 6))],
 )
 def test_fault_04_a_save_that_fails_on_one_rank_is_a_warning_and_the_next_ones_succeed(
     launch, words, tmp_path, accident, lost, kept

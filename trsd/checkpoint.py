@@ -127,6 +127,8 @@ class Checkpointer:
                 state = sharded_state(model, optimizer)
                 snapshot = replace(snapshot, shard_bytes=sum(t.numel() * t.element_size() for t in state.values()))
                 self._shards = self._begin_shards(step, state)
+                if self._shards is None:
+                    return
         except (MemoryError, RuntimeError) as error:  # copies that do not fit in memory must not end the training
             if self.ranks.size > 1:
                 raise  # the other ranks wait for this one
@@ -156,13 +158,21 @@ class Checkpointer:
             )
         return newest
 
-    def _begin_shards(self, step: int, tensors: dict[str, Tensor]) -> Future[Any]:
-        temporary = temporary_folder(self.output_dir, step, self.ranks.told(os.getpid()))
+    def _begin_shards(self, step: int, tensors: dict[str, Tensor]) -> Future[Any] | None:
+        """What all ranks write; None where rank 0 cannot make the folder, which is a failed save."""
+        problem = None
         if self.ranks.is_main:
+            temporary = temporary_folder(self.output_dir, step)
             shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / SHARDS).mkdir(parents=True)
-        self.ranks.wait()
-        return save_shards(temporary, tensors, self.ranks)
+            try:
+                (temporary / SHARDS).mkdir(parents=True)
+            except OSError as error:
+                problem = error
+                self._fail(step, error)
+        process, problem = self.ranks.told((os.getpid(), problem))
+        if problem is not None:
+            return None
+        return save_shards(temporary_folder(self.output_dir, step, process), tensors, self.ranks)
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -186,7 +196,7 @@ class Checkpointer:
                 f"warning: {folder.name} is saved, but old checkpoints could not be seen to: {error}", file=sys.stderr
             )
 
-    def _fail(self, step: int, error: Exception) -> None:
+    def _fail(self, step: int, error: BaseException) -> None:
         self._failure = step, str(error)
         reason = f"{type(error).__name__}: {error}"
         print(f"warning: checkpoint-{step} was not saved ({reason}); the next save tries again", file=sys.stderr)
