@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trsd.errors import InputError
-from trsd.files import exclusively, share_like_folder
+from trsd.files import exclusively, share_like_folder, sync
 from trsd.row_shards import MANIFEST, building_folder, check_fingerprint, file_sha256, lock_file, read_manifest
 
 TRACES_PER_SHARD = 128
@@ -111,7 +111,7 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     with _writing(path, "the shards before it are kept"):
         try:
             save_file(tensors, temporary)
-            _sync(temporary)
+            sync(temporary)
             entry = {"name": path.name, "num_bytes": temporary.stat().st_size, "sha256": file_sha256(temporary)}
             os.replace(temporary, path)
         finally:
@@ -123,7 +123,7 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     temporary = folder / f".{MANIFEST}"
     with _writing(folder / MANIFEST, "the shards before it are kept"):
         temporary.write_text(json.dumps(manifest) + "\n")
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, folder / MANIFEST)
 
 
@@ -136,17 +136,8 @@ def _complete(building: Path, folder: Path, manifest: dict[str, Any]) -> None:
     _write_manifest(building, manifest)
     with _writing(folder, "all shards are kept"):
         share_like_folder(building)
-        _sync(building)
+        sync(building)
         os.replace(building, folder)
-
-
-def _sync(path: Path) -> None:
-    """Bring a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
