@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,17 @@ def run(words, tmp_path):
         return tmp_path / name
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """SIGINT raises and SIGHUP ends, also where the tests were started as a background job, which ignores them."""
+    before = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    for number, handler in before.items():
+        before[number] = signal.signal(number, handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def refusal(capsys, call):

@@ -141,6 +141,8 @@ def rank_main(rank, request, port, log):
     os.dup2(stream, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores both
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if request["num_ranks"] > 1:
         size = str(request["num_ranks"])
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size}

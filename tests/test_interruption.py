@@ -32,6 +32,7 @@ def test_elsewhere_a_signal_is_raised_as_it_comes():
 def test_the_second_signal_ends_the_process_at_once():
     code = (
         "import os, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from trsd.interruption import Interruption\n"
         "with Interruption() as interruption, interruption.deferred():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"

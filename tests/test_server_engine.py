@@ -374,15 +374,7 @@ def test_closing_the_iterator_stops_the_work(engine_of):
         assert len(server.bodies) <= asked + 2 < 50
 
 
-@pytest.fixture
-def interruptible():
-    """SIGINT raises, also where the tests themselves were started with it ignored, as background jobs are."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_an_interrupt_ends_the_waiting_at_once(engine_of, interruptible):
+def test_an_interrupt_ends_the_waiting_at_once(engine_of):
     patience = Patience(request_seconds=60, check_seconds=1)
     with FakeServer(fault=lambda number: "silence") as server:
         engine = engine_of(server, patience=patience)
