@@ -174,10 +174,12 @@ def refuse_ranks(command: str) -> None:
 
 @contextmanager
 def ended_at_once() -> Iterator[None]:
-    """Inside, a rank of several that fails leaves the process at once, with its exit code.
+    """A rank of several leaves the process at the end of this, with its exit code; a run of one process goes on.
 
-    What ends a process in an orderly way would wait for exchanges that the other ranks take part in no more.
+    What ends a process in an orderly way would wait for exchanges that other ranks take part in no more, and gloo's
+    threads now and then abort a process whose work is done.
     """
+    code: Any = 0
     try:
         yield
     except BaseException as error:
@@ -188,6 +190,7 @@ def ended_at_once() -> Iterator[None]:
             sys.excepthook(type(error), error, error.__traceback__)
         elif not isinstance(code, int):
             print(code, file=sys.stderr)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)
