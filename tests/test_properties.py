@@ -328,6 +328,8 @@ def test_a_cut_leaves_the_answer_whole_and_teaches_no_token_twice(tokenizer, thi
     if snap:
         allowed = {0, len(trace.reasoning_ids), *sentence_token_ends(trace.reasoning_ids, texts)}
         assert set(method.cuts(2, 0)) <= allowed
+        drawn = TRSD([trace], think, cut, seed=3, branches_per_trace=branches).cuts(2, 0)
+        assert all(place <= unsnapped for place, unsnapped in zip(method.cuts(2, 0), drawn, strict=True))
 
 
 @given(st.integers(0, 2**63), st.integers(0, 10**9), st.text(max_size=10))
