@@ -81,7 +81,7 @@ def _stored(job: Job, path: Path, drops: Path, make: Callable[[], tuple[list[Tra
                 write_traces(path, traces)
     job.ranks.wait()
     traces = read_traces(path, tokenizer_fingerprint=tokenizer_fingerprint(job.tokenizer))
-    job.check_ids(token for trace in traces for name in ID_FIELDS for token in getattr(trace, name))
+    job.check_ids(max(getattr(trace, name), default=0) for trace in traces for name in ID_FIELDS)
     return traces
 
 
