@@ -1,5 +1,6 @@
 """What goes wrong while one process trains: signals, numbers that are not finite, spikes, loggers, steps that hang."""
 
+import json
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from trsd.batching import TraceStream
 from trsd.guards import LEAST_STEPS, StepGuard
 from trsd.loop import Loop
+from trsd.manifest import write_manifest
 from trsd.metrics import MetricsLog
 from trsd.run import alone_in
 
@@ -95,6 +97,32 @@ def test_fault_12_a_spike_is_counted_and_left_out_where_the_recipe_says_so(run, 
     assert [row["step"] for row in rows if row["spike"]] == [spiked + 1]
     assert sum(row["skipped"] for row in rows) == max_skipped_steps
     assert f"1 spikes of loss or gradient, {max_skipped_steps} steps left out" in capsys.readouterr().out
+
+
+def test_fault_12_a_resumed_run_counts_and_decides_on(run, monkeypatch):
+    """What the guard has seen is in the checkpoint: a resumed run knows its spikes and how many steps it left out."""
+    run("run", max_steps=4, save_steps=2)
+    seen = {}
+    restore = StepGuard.restore
+
+    def restored(self, state):
+        restore(self, state)
+        seen["norms"] = list(self._norms)
+
+    monkeypatch.setattr(StepGuard, "restore", restored)
+    folder = run("run", max_steps=4, save_steps=2, resume_from_checkpoint="latest")
+    assert seen["norms"] == [row["grad_norm"] for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_fault_27_a_guard_that_is_none_is_refused(run, capsys):
+    folder = run("run", max_steps=1) / "checkpoint-1"
+    trainer = json.loads((folder / "state" / "trainer.json").read_text())
+    for guard in ({"losses": 3}, None, {}):
+        (folder / "state" / "trainer.json").write_text(json.dumps(trainer | {"guard": guard}))
+        (folder / "manifest.json").unlink()
+        write_manifest(folder)
+        error = refusal(capsys, lambda: run("run", max_steps=1, resume_from_checkpoint="latest"))
+        assert "expected the state of the guard" in error
 
 
 @pytest.mark.parametrize(("accident", "code"), [("term", 143), ("interrupt", 130)])

@@ -5,6 +5,7 @@ teacher targets, the loop, the trained student's curve, report. Without argument
 a run makes is in its ``output_dir``: traces/, teacher/, eval/, metrics.jsonl, checkpoint-<step>/, report.html.
 """
 
+import gc
 import json
 import resource
 import signal
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 
 from trsd.batching import Example
 from trsd.checkpoint import Checkpointer, SaveError, load_state
-from trsd.checkpoint_folders import best_checkpoint
+from trsd.checkpoint_folders import TRAINER, best_checkpoint
 from trsd.errors import InputError
 from trsd.evaluate import evaluate, table
 from trsd.files import write_json
@@ -104,7 +105,10 @@ def resume(checkpoint: Path, loop: Loop, identity: dict[str, Any]) -> int:
         raise InputError(f"{checkpoint.name} is beyond the {loop.num_steps} steps of this run: start a new output_dir")
     if step == loop.num_steps:
         say(f"{checkpoint.name} is the last of {loop.num_steps} steps: the run is complete, nothing is trained")
-    loop.guard.restore(stored["guard"])
+    try:
+        loop.guard.restore(stored["guard"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{checkpoint / TRAINER}: expected the state of the guard, got {error!r}") from None
     return step
 
 
@@ -198,6 +202,7 @@ def _run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) ->
     print_example(job, method, loop.stream.step(0))
     checkpoint = train(job, loop, resume_from, interruption)
     del loop, model, teacher  # of a sharded model the checkpoint is read instead
+    gc.collect()  # the loop and its prefetcher hold each other, and the optimizer's state
     after = evaluate_student(job, readable, "after", before and before["percent_of"], checkpoint)
     if ranks.is_main:
         finish(job, before, after, checkpoint, seconds=time.perf_counter() - start)
@@ -232,7 +237,7 @@ def finish(
 def main(argv: list[str] | None = None) -> None:
     """The command line: exit code 2 for input that cannot be used, 1 for training that cannot go on.
 
-    A signal ends it with 128 and its number: SIGTERM with 143, Ctrl-C with 130.
+    A signal ends it with 128 and its number: SIGTERM with 143, Ctrl-C with 130, a terminal that hangs up with 129.
     """
     recipe, name, dry_run = parse_recipe(argv)
     if dry_run:
