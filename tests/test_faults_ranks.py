@@ -43,6 +43,18 @@ def ran(launch, words, tmp_path):
         (2, dict(branches_per_trace=2)),
         (3, dict(teacher="online", gradient_checkpointing=True, thinking_weight=0.5)),
         (3, dict(train_batch_size=2, max_tokens_per_batch=512)),  # fewer sequences than ranks
+        # Nine short cuts in one rank's row and one in the other's: their whole traces are two rows of the teacher and one.
+        (
+            2,
+            dict(
+                teacher="online",
+                cut="budgets",
+                cut_budgets="0",
+                anchor_share=0.0,
+                train_batch_size=10,
+                timeout_seconds=30,
+            ),
+        ),
         (2, dict(method="lsp", teacher_model_name_or_path=None)),
         (2, dict(shard_group_size=1, train_batch_size=10)),  # several rows a rank, whose sum replicas exchange once
         (4, dict(shard_group_size=2)),
