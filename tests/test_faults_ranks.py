@@ -43,7 +43,7 @@ def ran(launch, words, tmp_path):
         (2, dict(branches_per_trace=2)),
         (3, dict(teacher="online", gradient_checkpointing=True, thinking_weight=0.5)),
         (3, dict(train_batch_size=2, max_tokens_per_batch=512)),  # fewer sequences than ranks
-        # Nine short cuts in one rank's row and one in the other's: their whole traces are two rows of the teacher and one.
+        # Nine short cuts on one rank, one on the other: their whole traces are two rows of the teacher, and one.
         (
             2,
             dict(

@@ -90,13 +90,14 @@ class OnlineTeacher:
         examples = [self.examples[index] for index in dict.fromkeys(trace_indices)]
         lengths = {example.trace_index: len(example.labels) for example in examples}
         batches = pack_examples(examples, self.max_tokens, self.device)
+        most = self.ranks.largest(len(batches))  # asked before any row runs, for those exchange weights themselves
         for batch in batches:
             hidden = self._run(batch)[batch.rows]
             tensors, counts = rows_of(hidden), [lengths[index] for index in batch.trace_indices]
             pieces = {name: tensor.split(counts) for name, tensor in tensors.items()}
             for place, index in enumerate(batch.trace_indices):
                 yield index, {name: piece[place] for name, piece in pieces.items()}
-        for _ in range(self.ranks.largest(len(batches)) - len(batches)):
+        for _ in range(most - len(batches)):
             self._run(batches[0])  # for the ranks that have more rows, which need this one's shards of the weights
 
     def _run(self, batch: PackedBatch) -> Tensor:
