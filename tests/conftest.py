@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from trsd.demo.problems import draw_problems
 from trsd.metrics import read_metrics
 from trsd.models import PACKED_ATTENTION, tokenizer_fingerprint
+from trsd.ranks import Ranks
 from trsd.thinking import ThinkFormat
 from trsd.traces import Trace, write_traces
 
@@ -173,8 +175,25 @@ def refusal(capsys, call):
     return capsys.readouterr().err
 
 
+def row_of(trace_file):
+    return json.loads(trace_file.read_text().splitlines()[0])
+
+
+def write_rows(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def losses(folder):
     return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.fixture
+def one_rank():
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Ranks()
+    dist.destroy_process_group()
 
 
 class Launcher:

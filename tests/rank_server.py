@@ -13,10 +13,11 @@ import socket
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-import torch
 import torch.distributed.checkpoint as dcp
+from forked import run_and_exit
 
 from trsd import checkpoint, prepare, train
 from trsd.checkpoint import Checkpointer
@@ -134,13 +135,8 @@ def accident(kind):
     Loop._backward, Loop.step = backward, counted
 
 
-def rank_main(rank, request, port, log):
+def rank_main(rank, request, port):
     """The life of one rank."""
-    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores both
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if request["num_ranks"] > 1:
@@ -149,20 +145,7 @@ def rank_main(rank, request, port, log):
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if request.get("accident"):
         accident(request["accident"])
-    code = 1
-    try:
-        train.main(request["words"])
-        code = 0
-    except SystemExit as exit_:
-        code = exit_.code if isinstance(exit_.code, int) else 1
-        if isinstance(exit_.code, str):
-            print(exit_.code, file=sys.stderr)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    train.main(request["words"])
 
 
 def run(request):
@@ -175,7 +158,7 @@ def run(request):
         children = {}
         for rank, log in enumerate(logs):
             if (pid := os.fork()) == 0:
-                rank_main(rank, request, port, log)
+                run_and_exit(partial(rank_main, rank, request, port), log)
             children[pid] = rank
         began, codes = time.monotonic(), dict.fromkeys(children.values())
         while children and time.monotonic() - began < request.get("seconds", 120):

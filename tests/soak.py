@@ -12,7 +12,6 @@ import argparse
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from conftest import losses, make_tiny_model, make_traces
+from forked import run_and_exit
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -43,25 +43,8 @@ class Child:
 
     def __init__(self, call: Callable[[], None], log: Path) -> None:
         self.log, self.status, self.pid = log, None, os.fork()
-        if self.pid:
-            return
-        code = 1
-        try:
-            stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(stream, 1)
-            os.dup2(stream, 2)
-            torch.set_num_threads(1)
-            call()
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 1
-            print(exit_.code, file=sys.stderr)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        if self.pid == 0:
+            run_and_exit(call, log)
 
     def ended(self) -> bool:
         """Whether it has ended; raises unless with exit code 0."""

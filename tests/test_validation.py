@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import losses, make_traces, refusal
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -21,7 +20,6 @@ from trsd.methods.trsd import TRSD
 from trsd.metrics import read_metrics
 from trsd.objective import Objective
 from trsd.parallel import shard_student
-from trsd.ranks import Ranks
 from trsd.recipe import Recipe
 from trsd.report import write_report
 from trsd.student_loss import StudentLoss
@@ -149,14 +147,6 @@ def test_two_ranks_train_alike_however_often_they_measure(launch, words, tmp_pat
         codes, logs, _ = launch(words(name, validation_samples=3, save_steps=save_steps, max_steps=4), 2)
         assert codes == [0, 0], "\n".join(logs)
     assert losses(tmp_path / "often") == losses(tmp_path / "seldom")
-
-
-@pytest.fixture
-def one_rank():
-    """A group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Ranks()
-    dist.destroy_process_group()
 
 
 def test_gathered_weights_are_given_back(one_rank, tiny_model):

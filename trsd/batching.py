@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from trsd.ranks import share_rows
+from trsd.row_shares import share_rows
 from trsd_kernels import PackedLayout, pack_sequences, packed_layout
 
 
