@@ -7,11 +7,14 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python -m trsd.train
 
+# A process for every core, each with one thread; a file's tests stay together, for they share what they made.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
 test: .venv/installed-test
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Runs that are killed (-9) at 200 random moments and resumed must come to what an undisturbed one does, bit for bit.
 # About five minutes; after half an hour it kills no more.

@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 TEST = [
     "pytest>=8",
     "pytest-benchmark>=5",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "pyarrow>=17",
     "math-verify>=0.8",
