@@ -10,8 +10,6 @@ ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^( *)(`{3,}|~{3,})(.*)$")
 CONTROL = {"do", "then", "else", "!", "{", "}", "done", "fi"}  # words of the shell that a command may stand behind
 ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
-# Markdown that is data of the tests or written by a command has no place in these.
-NOT_OURS = {".git", ".venv", ".venv-vllm", "runs", "sweeps", "build", "dist", "node_modules", "results", "plots"}
 
 
 @dataclass(frozen=True)
@@ -50,13 +48,9 @@ def name_of(page: Path) -> str:
 
 @cache
 def pages() -> list[Path]:
-    """All Markdown files of the repository, bench/results/*/README.md among them."""
-    found = [
-        path
-        for path in sorted(ROOT.rglob("*.md"))
-        if not NOT_OURS & set(path.relative_to(ROOT).parts) and not any(p.startswith(".") for p in path.parts[-2:-1])
-    ]
-    return found + sorted((ROOT / "bench" / "results").glob("*/README.md"))
+    """All Markdown files of the repository."""
+    folders = [ROOT / name for name in ("docs", "trsd", "kernels", "bench", "tests")]
+    return sorted(ROOT.glob("*.md")) + sorted(path for folder in folders for path in folder.rglob("*.md"))
 
 
 @cache
@@ -149,6 +143,7 @@ def commands_of(text: str, place: str) -> list[Command]:
 
 
 def _simple_commands(line: str, where: str) -> list[tuple[str, ...]]:
+    line = re.sub(r"\$\(\(.*?\)\)", "0", line)  # arithmetic
     lexer = shlex.shlex(line, posix=True, punctuation_chars="();<>|&")
     lexer.whitespace_split = True
     try:

@@ -99,6 +99,8 @@ def parse_as_written(module: str, words: Sequence[str]) -> Any:
 
 def _stop_after(parse: Callable[..., Any]) -> Callable[..., Any]:
     def parse_and_stop(*args: Any, **kwargs: Any) -> Any:
+        if isinstance(args[0], argparse.ArgumentParser):
+            args[0].allow_abbrev = False  # a page has whole names
         raise Parsed(parse(*args, **kwargs))
 
     return parse_and_stop
@@ -224,6 +226,7 @@ class StandIn:
         """The recipe of ``--config``, and what it names itself."""
         path = resolve_config(name)
         if path == Path(name):
+            assert path.suffix in (".yaml", ".yml"), f"{name}: no file and no shipped recipe"
             put(self.workshop.recipe, name)
         recipe, said = load_recipe(path), {flag for flag, _ in self.flags()}
         for model in filter(None, (recipe.model_name_or_path, recipe.teacher_model_name_or_path)):

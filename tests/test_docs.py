@@ -19,6 +19,7 @@ import torch
 import yaml
 from documentation import ROOT, Command, anchors, blocks, commands_of, links, name_of, pages, read, spans
 from stand_ins import StandIn, Workshop
+from torch.distributed.run import get_args_parser
 
 from trsd.recipe import Recipe
 from trsd.recipe_file import RECIPES, load_recipe
@@ -42,27 +43,15 @@ NOT_RUN = {
     "curl": ("there is no server", "test_vllm_engine.py waits for one's health and asks it"),
 }
 # What only the shell does; a block is held to `bash -n`.
-SHELL = {
-    "for",
-    "while",
-    "until",
-    "if",
-    "export",
-    "sleep",
-    "seq",
-    "wait",
-    "kill",
-    "trap",
-    "head",
-    "ls",
-    "cat",
-    "scontrol",
-}
+LOOPS = ("for", "while", "until", "if")
+SHELL = {*LOOPS, "export", "sleep", "seq", "wait", "kill", "jobs", "head", "ls", "scontrol"}
 LAUNCHERS = {"srun", "nohup", "time", "exec"}
 # What `vllm serve` takes, of vLLM's own documentation.
 VLLM_SERVE = {"--port", "--max-model-len", "--served-model-name", "--tensor-parallel-size", "--dtype"}
+# Flags of other programs that prose names: SLURM's.
+OTHERS_FLAGS = {"--signal"}
 # Longer than two seconds or so even in small; they are parsed in the fast tests.
-SLOW = ("bench.predict", "bench.profile_step", "bench.error_table", "trsd.sweep", "trsd.demo.make_reasoner")
+SLOW = ("bench.error_table", "trsd.sweep", "trsd.demo.make_reasoner")
 OPTIONAL = {"trl", "lightning", "datasets", "peft", "openai", "vllm", "wandb", "trackio", "tensorboard", "accelerate"}
 OPTIONAL |= {"liger_kernel", "math_verify", "bitsandbytes", "torchao", "pyarrow", "httpx", "kernels", "llama_cpp"}
 
@@ -136,10 +125,9 @@ def test_a_command_runs_in_small(command, workshop, folder):
 
 @pytest.mark.parametrize("command", named([each for each in OURS if "torchrun" in each.words]))
 def test_what_launches_a_command_takes_its_flags(command):
-    from torch.distributed.run import get_args_parser
-
-    words = command.words[command.words.index("torchrun") + 1 :]
-    assert get_args_parser().parse_args(words).module
+    parser = get_args_parser()
+    parser.allow_abbrev = False
+    assert parser.parse_args(command.words[command.words.index("torchrun") + 1 :]).module
 
 
 def kind_of(command):
@@ -289,6 +277,30 @@ CHOICES = {
 }
 
 
+def flags():
+    """Every flag of ours, of torchrun and of vLLM."""
+    found = {"--config", "--dry_run", "--help", *VLLM_SERVE, *(f"--{name}" for name in FIELDS)}
+    found |= {option for action in get_args_parser()._actions for option in action.option_strings}
+    for path in [path for folder in ("trsd", "bench", "tests") for path in (ROOT / folder).rglob("*.py")]:
+        source = path.read_text(encoding="utf-8")
+        found |= set(re.findall(r"(?:add_argument|addoption)\(\s*\"(--[\w-]+)\"", source))
+        for node in ast.walk(ast.parse(source)) if "Arguments" in source else ():
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments"):
+                found |= {f"--{each.target.id}" for each in node.body if isinstance(each, ast.AnnAssign)}
+    return found
+
+
+def test_flags_between_backticks_are_flags_of_a_command():
+    known = flags() | OTHERS_FLAGS
+    written = {
+        (flag, where)
+        for page in pages()
+        for where, text in spans(page)
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)
+    }
+    assert not sorted((where, flag) for flag, where in written if flag not in known)
+
+
 def commands_between_backticks():
     """Commands of ours in prose, and in the comments of the shipped recipes; ``...`` in them is left out."""
     found = []
@@ -302,10 +314,12 @@ def commands_between_backticks():
     return [each for each in kept if ours(each)]
 
 
-@pytest.mark.parametrize("command", named([each for each in commands_between_backticks() if len(each.words) > 3]))
-def test_a_command_in_prose_is_parsed_as_it_is_written(command, workshop, folder):
+@pytest.mark.parametrize("command", named(commands_between_backticks()))
+def test_a_command_in_prose_is_there_and_parsed_as_it_is_written(command, workshop, folder):
     module, words = ours(command)
-    StandIn(workshop, module, words)
+    assert importlib.util.find_spec(module), f"{command.place}: no {module}"
+    if words:  # without any it names the command
+        StandIn(workshop, module, words)
 
 
 @pytest.mark.parametrize("page", named(pages(), place=name_of, text=lambda page: ""))
@@ -350,3 +364,17 @@ def test_every_page_of_the_documentation_is_in_its_index():
     index = ROOT / "docs" / "README.md"
     targets = {(index.parent / target.partition("#")[0]).resolve() for _, target in links(index)}
     assert {page for page in pages() if page.parent == index.parent and page != index} <= targets
+
+
+def test_figures_of_the_front_page_stand_on_the_page_of_results():
+    """Of the README's table of the loss: time and memory, rounded, in one row of bench/RESULTS.md."""
+    front, results = ((ROOT / name).read_text() for name in ("README.md", "bench/RESULTS.md"))
+    measured = [
+        {round(float(cell), 3) if "." in cell and float(cell) < 1 else round(float(cell)) for cell in cells}
+        for cells in (re.findall(r"(?<= )\d+(?:\.\d+)?(?= )", line) for line in results.splitlines() if line[:1] == "|")
+    ]
+    rows = re.findall(r"^\| .+ \| (\d+) ms \| (?:([\d.]+) GiB|not counted) \|$", front, flags=re.MULTILINE)
+    assert len(rows) == 5
+    for milliseconds, gib in rows:
+        wanted = {int(milliseconds), *([float(gib)] if gib else [])}
+        assert any(wanted <= found for found in measured), wanted
