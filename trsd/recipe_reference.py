@@ -130,8 +130,8 @@ def _shipped() -> str:
         link, student = f"[{name}](../trsd/recipes/{path.name})", f"`{recipe.model_name_or_path}`"
         rows.append(f"| {link} | {recipe.method} | {student} | {teacher} | {sentence[0] if sentence else comment} |")
     note = (
-        "Those with a paper's settings bring no evaluation data: add `--eval_data`, or evaluate the checkpoint. Models\n"
-        "and data below `runs/` are made by the commands that the file's first lines give."
+        "Those with a paper's settings bring no evaluation data: add `--eval_data`, or evaluate the checkpoint.\n"
+        "Models and data below `runs/` are made by the commands that the file's first lines give."
     )
     return "## What is shipped\n\n" + "\n".join(rows) + f"\n\n{note}"
 
