@@ -10,15 +10,18 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import tyro
 from conftest import REASONER, make_traces, write_rows
 from documentation import ROOT
 from fake_server import FakeServer
+from transformers import AutoModelForCausalLM
 
 from trsd.benchmarks import BENCHMARKS
 from trsd.demo.problems import draw_problems
@@ -123,16 +126,16 @@ class Workshop:
         words += ["--eval_data", str(self.questions), "--max_eval_samples", "2", "--eval_budgets", "50%"]
         call("trsd.train", [*words, "--max_thinking_tokens", "240", "--max_answer_tokens", "24"])
         self.evaluation = self.run / "eval" / "before.json"
-        self.adapter = folder / "adapter"
-        self._make_adapter()
+        self.folder = folder
 
-    def _make_adapter(self) -> None:
-        from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
-
+    @cached_property
+    def adapter(self) -> Path:
+        """An adapter of the bundled reasoner, in peft's format."""
+        peft = pytest.importorskip("peft")
         model = AutoModelForCausalLM.from_pretrained(REASONER)
-        config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-        get_peft_model(model, config).save_pretrained(self.adapter)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        peft.get_peft_model(model, config).save_pretrained(self.folder / "adapter")
+        return self.folder / "adapter"
 
 
 class StandIn:
