@@ -1,0 +1,265 @@
+"""``forward_distill``: the loss of a batch of any causal LM, without its logits."""
+
+import copy
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from integration_cases import (
+    OPTIONS,
+    assert_same_gradients,
+    batch_of,
+    gradients_of,
+    loss_of_the_loop,
+    small_model,
+    trsd_method,
+    trsd_rows,
+)
+from transformers import BertConfig, BertModel, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+
+from trsd.errors import InputError
+from trsd.integrations.causal_lm import add_forward_distill, run_through, teacher_targets
+from trsd.integrations.cut_rows import batch_targets
+from trsd_kernels.reference import distillation_rows
+
+
+@pytest.fixture
+def models(tokenizer):
+    """A student and a wider teacher whose heads are padded to different lengths."""
+    return add_forward_distill(small_model(tokenizer)), small_model(tokenizer, hidden_size=48, vocab_size=4096, seed=1)
+
+
+def same_context_batch(tokenizer, think):
+    rows = trsd_rows(tokenizer, think)
+    return {name: tensor for name, tensor in batch_of(tokenizer, rows).items() if not name.startswith("teacher_")}
+
+
+def test_loss_and_gradients_are_those_of_whole_logits(models, tokenizer, think):
+    student, teacher = (model.double() for model in models)
+    batch = same_context_batch(tokenizer, think)
+    out = student.forward_distill(
+        **batch, **teacher_targets(teacher, batch["input_ids"], attention_mask=batch["attention_mask"]), **OPTIONS
+    )
+    out.loss.backward()
+    found = gradients_of(student)
+    logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].flatten(0, 1)
+    with torch.no_grad():
+        other = teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    other = other[:, :-1, : logits.shape[-1]].flatten(0, 1)
+    labels = batch["labels"][:, 1:].flatten()
+    learnt = labels != -100
+    terms = distillation_rows(logits[learnt], other[learnt], labels[learnt], **OPTIONS)
+    weights = 0.3, 0.7 * OPTIONS["temperature"] ** 2
+    expected = weights[0] * terms.cross_entropy.mean() + weights[1] * terms.divergence.mean()
+    torch.testing.assert_close(out.loss, expected, rtol=1e-10, atol=0)
+    expected.backward()
+    for name, gradient in gradients_of(student).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-10)
+
+
+def test_rows_of_cut_traces_give_the_loss_and_gradients_of_the_trainers_own_loop(models, tokenizer, think):
+    student, teacher = models
+    batch = batch_of(tokenizer, trsd_rows(tokenizer, think))
+    out = student.forward_distill(
+        batch["input_ids"],
+        batch["labels"],
+        attention_mask=batch["attention_mask"],
+        **batch_targets(teacher, batch),
+        **OPTIONS,
+    )
+    out.loss.backward()
+    found = gradients_of(student)
+    expected = loss_of_the_loop(trsd_method(tokenizer, think), student, teacher, **OPTIONS)
+    assert out.loss.item() == pytest.approx(expected, rel=1e-6)
+    assert_same_gradients(found, gradients_of(student))
+
+
+def test_padding_and_what_is_ignored_change_nothing(models, tokenizer, think):
+    student, teacher = models
+    rows = trsd_rows(tokenizer, think)
+    alone = [batch_of(tokenizer, [row]) for row in rows]
+    sums = [
+        student.forward_distill(b["input_ids"], b["labels"], **batch_targets(teacher, b), reduction="sum", **OPTIONS)
+        for b in alone
+    ]
+    batch = batch_of(tokenizer, rows)
+    together = student.forward_distill(
+        batch["input_ids"],
+        batch["labels"],
+        attention_mask=batch["attention_mask"],
+        **batch_targets(teacher, batch),
+        **OPTIONS,
+    )
+    num_items = sum((row["labels"][1:].__len__() - row["labels"][1:].count(-100)) for row in rows)
+    assert together.num_items.item() == num_items
+    assert together.loss.item() == pytest.approx(sum(out.loss.item() for out in sums) / num_items, rel=1e-5)
+
+
+def test_token_weights_stand_where_labels_do(models, tokenizer, think):
+    student, _ = models
+    batch = same_context_batch(tokenizer, think)
+    weights = torch.zeros(batch["labels"].shape)
+    place = (batch["labels"] != -100).nonzero()[-1]
+    weights[tuple(place)] = 2.0
+    out = student.forward_distill(**batch, token_weights=weights, alpha=0.0, reduction="sum")
+    logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    row, column = place.tolist()
+    expected = -2 * torch.log_softmax(logits[row, column - 1], dim=-1)[batch["labels"][row, column]]
+    torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-5)
+
+
+SHAPE = dict(
+    vocab_size=97,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+NO_HEAD_DIM = {name: value for name, value in SHAPE.items() if name != "head_dim"}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, final_logit_softcapping=2.0)),
+        lambda: GraniteForCausalLM(
+            GraniteConfig(**{n: v for n, v in SHAPE.items() if n != "head_dim"}, logits_scaling=4.0)
+        ),
+    ],
+    ids=["soft cap", "logit scale"],
+)
+def test_what_a_model_does_to_its_logits_is_in_the_loss(make):
+    torch.manual_seed(0)
+    model = make()
+    model.get_output_embeddings().weight.data.normal_(std=1.0)
+    add_forward_distill(model)
+    ids = torch.arange(3, 15).view(2, 6)
+    found = model.forward_distill(ids, ids, **teacher_targets(model, ids), alpha=0.0).loss
+    torch.testing.assert_close(found, model(input_ids=ids, labels=ids).loss, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_does_something_else_to_its_logits_is_refused():
+    model = GraniteForCausalLM(GraniteConfig(**NO_HEAD_DIM))
+    forward = model.forward
+
+    def tripled(**inputs):
+        output = forward(**inputs)
+        output.logits = 3 * output.logits
+        return output
+
+    model.forward = tripled
+    with pytest.raises(InputError, match="its logits are not those of its lm_head"):
+        add_forward_distill(model)
+
+
+def test_a_model_without_an_lm_head_is_refused():
+    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    with pytest.raises(InputError, match="BertModel has no lm_head"):
+        add_forward_distill(BertModel(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda b: b | {"labels": b["labels"][:, :-1]}, "labels and weights as input_ids"),
+        (lambda b: b | {"teacher_hidden_states": torch.zeros(3, 48)}, "has 3 rows for"),
+        (lambda b: b | {"teacher_hidden_states": torch.zeros(1, 2, 48)}, r"or \[num_labels, hidden_size\]"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_said(models, tokenizer, think, change, words):
+    student, teacher = models
+    batch = same_context_batch(tokenizer, think)
+    arguments = batch | teacher_targets(teacher, batch["input_ids"])
+    with pytest.raises(ValueError, match=words):
+        student.forward_distill(**change(arguments))
+
+
+def test_one_model_is_patched_and_no_other(tokenizer):
+    patched, other = add_forward_distill(small_model(tokenizer)), small_model(tokenizer)
+    assert not hasattr(other, "forward_distill") and not hasattr(type(patched), "forward_distill")
+    copied = copy.deepcopy(patched)
+    assert copied.forward_distill.__self__ is copied
+
+
+def test_an_adapter_learns_through_the_model_under_it(tokenizer, think):
+    peft = pytest.importorskip("peft")
+    student = peft.get_peft_model(
+        small_model(tokenizer), peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    add_forward_distill(student)
+    batch = same_context_batch(tokenizer, think)
+    student.forward_distill(**batch, alpha=0.0).loss.backward()
+    learnt = gradients_of(student)
+    assert learnt and all("lora_" in name for name in learnt)
+    student(**batch).loss.backward()
+    assert_same_gradients(learnt, gradients_of(student))
+
+
+def test_compiles_whole(models, tokenizer, think):
+    student, teacher = models
+    batch = same_context_batch(tokenizer, think)
+    targets = teacher_targets(teacher, batch["input_ids"], attention_mask=batch["attention_mask"])
+
+    def loss():
+        return student.forward_distill(**batch, **targets, **OPTIONS).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled().backward()
+    found = gradients_of(student)
+    loss().backward()
+    assert_same_gradients(found, gradients_of(student))
+
+
+def run_rank(rank, port, folder, wrapping):
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    student, batch, targets = torch.load(folder / "case.pt", weights_only=False)
+    add_forward_distill(student)
+    half = {name: tensor.chunk(2)[rank] for name, tensor in batch.items()}
+    mine = targets | {"teacher_hidden_states": targets["teacher_hidden_states"].chunk(2)[rank]}
+    num_items = (batch["labels"][:, 1:] != -100).sum() / 2  # gradients are averaged over the ranks
+    if wrapping == "ddp":
+        wrapper = DistributedDataParallel(student)
+        out = run_through(wrapper, student, "forward_distill", **half, **mine, num_items_in_batch=num_items, **OPTIONS)
+    else:
+        for layer in student.model.layers:
+            fully_shard(layer)
+        fully_shard(student)
+        register_fsdp_forward_method(student, "forward_distill")
+        out = student.forward_distill(**half, **mine, num_items_in_batch=num_items, **OPTIONS)
+    out.loss.backward()
+    whole = {
+        name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        for name, p in student.named_parameters()
+    }
+    if rank == 0:
+        torch.save(whole, folder / "gradients.pt")
+    dist.barrier()  # no rank leaves while another still talks to it
+    os._exit(0)  # gloo's threads may end badly on the way out
+
+
+@pytest.mark.parametrize("wrapping", ["ddp", "fsdp2"])
+def test_two_ranks_have_the_gradients_of_one(models, tokenizer, think, tmp_path, wrapping):
+    student, teacher = models
+    batch = same_context_batch(tokenizer, think)
+    targets = teacher_targets(teacher, batch["input_ids"], attention_mask=batch["attention_mask"])
+    del student.forward_distill
+    torch.save((student, batch, targets), tmp_path / "case.pt")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(run_rank, args=(port, tmp_path, wrapping), nprocs=2)
+    add_forward_distill(student).forward_distill(**batch, **targets, **OPTIONS).loss.backward()
+    assert_same_gradients(torch.load(tmp_path / "gradients.pt"), gradients_of(student))

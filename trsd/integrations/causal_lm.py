@@ -1,0 +1,223 @@
+"""``forward_distill`` for any Hugging Face causal LM: the distillation loss of a batch without its logits.
+
+``add_forward_distill(model)`` binds one method to one model. It runs the model's decoder, leaves its lm_head's product
+out, and gives hidden states and head to ``trsd_kernels.fused_linear_distillation``, with the model's own logit scale
+and soft cap. ``teacher_targets`` makes what a teacher brings to that call.
+
+Who wraps the model calls it through the wrapper: ``run_through(ddp_model, model, "forward_distill", ...)``, and after
+FSDP2's ``fully_shard`` once ``register_fsdp_forward_method(model, "forward_distill")``.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trsd.errors import InputError
+from trsd.models import logit_options
+from trsd_kernels import LinearDistillationOutput, fused_linear_distillation
+
+IGNORE = -100
+
+
+def add_forward_distill(model: PreTrainedModel, *, check: bool = True) -> PreTrainedModel:
+    """Give ``model`` the method ``forward_distill``, and return it; nothing else of it, or of its class, changes.
+
+    The method's arguments are those of ``forward_distill`` of this module, without the first.
+
+    Args:
+        model: a causal LM of transformers, or a PEFT model around one.
+        check: run four tokens to see that the model's logits are what the loss takes them for. Without weights, or with
+            sharded ones, there is nothing to run.
+
+    Raises:
+        InputError: it has no lm_head that is a linear layer, no decoder to run without it, or does to its logits what
+            the loss does not know.
+    """
+    _body_and_head(model)
+    if check:
+        _check_logits(model)
+    model.forward_distill = MethodType(forward_distill, model)
+    return model
+
+
+def forward_distill(
+    model: PreTrainedModel,
+    input_ids: Tensor,  # [batch, length]
+    labels: Tensor,  # [batch, length]
+    *,
+    attention_mask: Tensor | None = None,  # [batch, length]
+    position_ids: Tensor | None = None,  # [batch, length]
+    teacher_hidden_states: Tensor | None = None,  # [batch, length, hidden_size] or [num_labels, hidden_size]
+    teacher_lm_head_weight: Tensor | None = None,  # [teacher_vocab_size, hidden_size]
+    teacher_lm_head_bias: Tensor | None = None,  # [teacher_vocab_size]
+    **options: Any,
+) -> LinearDistillationOutput:
+    """Loss of a batch: (1 - alpha) cross-entropy + alpha divergence from the teacher, without logits of either.
+
+    Args:
+        model: the student.
+        input_ids: [batch, length] int64.
+        labels: [batch, length] int64, unshifted as everywhere in transformers: label i is the token at place i, and
+            -100 (``ignore_index``) where nothing is learnt. The first of a sequence has nothing that predicts it.
+        attention_mask: [batch, length], 0 at padding.
+        position_ids: [batch, length].
+        teacher_hidden_states: final hidden states of the teacher. [batch, length, hidden_size], of the same tokens; or
+            [num_labels, hidden_size], the rows that predict the labels, in their order, where the teacher read
+            something else, such as the whole of a trace that the student sees cut. None with ``alpha`` 0.
+        teacher_lm_head_weight, teacher_lm_head_bias: of the teacher. Heads that are padded to different lengths are
+            compared on the tokens that both have.
+        **options: anything else that ``fused_linear_distillation`` takes: alpha, divergence, temperature,
+            ``num_items_in_batch`` (labels of the whole optimizer step), ``token_weights`` ([batch, length], as labels).
+
+    Returns:
+        Loss and its terms. Rows of ``per_token`` are those of [batch, length - 1], or the labels where the teacher's
+        rows are.
+
+    Raises:
+        ValueError: shapes that do not fit, or a head that is sharded where this was called.
+    """
+    body, head = _body_and_head(model)
+    hidden = _hidden_states(body, input_ids, attention_mask, position_ids)[:, :-1].flatten(0, 1)
+    labels = _shifted(labels, input_ids)
+    weights = options.pop("token_weights", None)
+    weights = None if weights is None else _shifted(weights, input_ids)
+    if teacher_hidden_states is not None and teacher_hidden_states.dim() == 2:
+        rows = labels != options.get("ignore_index", IGNORE)
+        hidden, labels = hidden[rows], labels[rows]
+        weights = None if weights is None else weights[rows]
+        if len(labels) != len(teacher_hidden_states):
+            raise ValueError(
+                f"teacher_hidden_states has {len(teacher_hidden_states)} rows for {len(labels)} labels: expected one "
+                "for each, in their order, of the token before it"
+            )
+    elif teacher_hidden_states is not None:
+        if teacher_hidden_states.shape[:2] != input_ids.shape:
+            raise ValueError(
+                f"teacher_hidden_states: expected [{', '.join(map(str, input_ids.shape))}, hidden_size] as input_ids, "
+                f"or [num_labels, hidden_size], got {list(teacher_hidden_states.shape)}"
+            )
+        teacher_hidden_states = teacher_hidden_states[:, :-1].flatten(0, 1)
+    weight, bias = head.weight, head.bias
+    if teacher_lm_head_weight is not None and len(weight) != len(teacher_lm_head_weight):
+        shared = min(len(weight), len(teacher_lm_head_weight))
+        weight, bias, teacher_lm_head_weight, teacher_lm_head_bias = (
+            None if tensor is None else tensor[:shared]
+            for tensor in (weight, bias, teacher_lm_head_weight, teacher_lm_head_bias)
+        )
+    return fused_linear_distillation(
+        hidden,
+        weight,
+        teacher_hidden_states,
+        teacher_lm_head_weight,
+        labels,
+        student_lm_head_bias=bias,
+        teacher_lm_head_bias=teacher_lm_head_bias,
+        token_weights=weights,
+        **logit_options(model.config, "student") | options,
+    )
+
+
+@torch.no_grad()
+def teacher_targets(
+    teacher: PreTrainedModel,
+    input_ids: Tensor,  # [batch, length]
+    labels: Tensor | None = None,  # [batch, length]
+    *,
+    attention_mask: Tensor | None = None,  # [batch, length]
+    position_ids: Tensor | None = None,  # [batch, length]
+    ignore_index: int = IGNORE,
+) -> dict[str, Any]:
+    """What ``teacher`` brings to ``forward_distill``: hidden states, head, and what it does to its logits.
+
+    Args:
+        teacher: a causal LM; nothing of it gets a gradient.
+        input_ids: [batch, length], what the teacher reads.
+        labels: where it reads what the student does, None. Else [batch, length], the student's labels at the places
+            they have here; only the rows that predict them are returned.
+        attention_mask, position_ids: [batch, length].
+        ignore_index: of ``labels``.
+
+    Returns:
+        Keyword arguments of ``forward_distill``.
+    """
+    body, head = _body_and_head(teacher)
+    hidden = _hidden_states(body, input_ids, attention_mask, position_ids)
+    if labels is not None:
+        hidden = hidden[:, :-1].flatten(0, 1)[_shifted(labels, input_ids) != ignore_index]
+    found = {"teacher_hidden_states": hidden, "teacher_lm_head_weight": head.weight.detach()}
+    if head.bias is not None:
+        found["teacher_lm_head_bias"] = head.bias.detach()
+    return found | logit_options(teacher.config, "teacher")
+
+
+def run_through(wrapper: nn.Module, model: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
+    """``model.method(...)`` inside the ``forward`` of what wraps it, such as DistributedDataParallel.
+
+    The wrapper prepares its reductions where its ``forward`` is called, and only there.
+    """
+    if wrapper is model:
+        return getattr(model, method)(*args, **kwargs)
+    forward = model.forward
+
+    def instead(*args: Any, **kwargs: Any) -> Any:
+        model.forward = forward
+        return getattr(model, method)(*args, **kwargs)
+
+    model.forward = instead
+    try:
+        return wrapper(*args, **kwargs)
+    finally:
+        model.forward = forward
+
+
+def _body_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    body = getattr(base, "get_decoder", lambda: None)()
+    if not isinstance(head, nn.Linear):
+        raise InputError(
+            f"{type(base).__name__} has no lm_head that is a linear layer, but {type(head).__name__}: expected a "
+            "causal language model of transformers"
+        )
+    if body is None or body is base:
+        raise InputError(f"{type(base).__name__} has no decoder of its own to run without its lm_head")
+    return body, head
+
+
+@torch.no_grad()
+def _check_logits(model: PreTrainedModel) -> None:
+    """Raise InputError unless the model's logits are softcap * tanh(scale * lm_head(hidden states) / softcap)."""
+    body, head = _body_and_head(model)
+    training = model.training
+    model.eval()
+    try:
+        ids = torch.arange(4, device=head.weight.device)[None]
+        expected = head(_hidden_states(body, ids, None, None)).double()
+        found = model(input_ids=ids, use_cache=False).logits.double()
+    finally:
+        model.train(training)
+    does = logit_options(model.config, "student")
+    expected = expected * does.get("student_logit_scale", 1.0)
+    if cap := does.get("student_logit_softcap"):
+        expected = cap * torch.tanh(expected / cap)
+    if (found - expected).abs().max() > 0.02 * expected.abs().max():
+        raise InputError(
+            f"{type(model).__name__}: its logits are not those of its lm_head on its final hidden states, with "
+            f"{does or 'no scale and no soft cap'}: it cannot be distilled without them"
+        )
+
+
+def _hidden_states(body: nn.Module, input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    return body(
+        input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False
+    ).last_hidden_state  # [batch, length, hidden_size]
+
+
+def _shifted(values: Tensor, input_ids: Tensor) -> Tensor:
+    """[batch * (length - 1)]: at each token what belongs to the next one."""
+    if values.shape != input_ids.shape:
+        raise ValueError(f"expected labels and weights as input_ids, {list(input_ids.shape)}, got {list(values.shape)}")
+    return values[:, 1:].flatten()
