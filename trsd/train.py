@@ -31,13 +31,14 @@ from trsd.job import Job, with_teacher
 from trsd.loop import Loop
 from trsd.methods import Method
 from trsd.metrics import MetricsLog, progress_bar, say, step_line
+from trsd.model_card import model_card
 from trsd.models import quieten_transformers
 from trsd.prepare import build_method, prepare_traces
 from trsd.prepare_teacher import prepare_teacher, student_as_teacher
 from trsd.ranks import Ranks, ended_at_once, is_lost_rank, launched_ranks, open_ranks
 from trsd.recipe import Recipe
 from trsd.recipe_file import fail, parse_recipe, recipe_as_yaml
-from trsd.report import model_card, summary, write_report
+from trsd.report import summary, write_report
 from trsd.row_shards import file_sha256
 from trsd.run import alone_in, discard_unbegun, open_run, with_output_dir
 from trsd.validation import held_out_traces, validation_loss
