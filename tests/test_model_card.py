@@ -1,4 +1,4 @@
-"""The model card: what it says, that nothing in a name breaks it, and that its code does what the trainer's own does."""
+"""The model card: what it says, that no name breaks it, and that its code does what the trainer's own does."""
 
 import io
 import json
@@ -62,7 +62,7 @@ def test_the_card_of_every_recipe_has_front_matter_that_the_hub_reads(name, toke
     assert f"after 7 steps of {recipe.method.upper()}" in text
 
 
-@pytest.mark.parametrize("closer", [*CLOSERS, "``` stop ```\n{close}\n", "it's \"time\": #1 \\ {close} `now`"])
+@pytest.mark.parametrize("closer", [*CLOSERS, "``` stop ```\n{close}\n", 'it\'s "time": #1 \\ {close} `now`'])
 def test_the_closer_comes_back_as_it_was_from_front_matter_and_code(closer, tokenizer, tmp_path):
     think = ThinkFormat.of(tokenizer, closer=closer)
     text = card_of(tokenizer, think).text(1)
@@ -197,7 +197,9 @@ def reasoner(tmp_path_factory, tokenizer, think):
     return folder, decoder
 
 
-QUESTION = "Ravi has 27 pears. He buys 5 bags with 4 pears each. He sells 4 of the pears. How many pears does Ravi have now?"
+QUESTION = (
+    "Ravi has 27 pears. He buys 5 bags with 4 pears each. He sells 4 of the pears. How many pears does Ravi have now?"
+)
 BUDGETS = (0, 40, 137, 138, 142, 250)  # it thinks 138 tokens, and answers in 12
 
 
