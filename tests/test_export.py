@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import REASONER, make_tiny_model, make_traces, refusal
 from fake_server import free_port
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from trsd.decoding import Decoder, Limits
@@ -162,6 +162,13 @@ def test_a_published_pre_tokenizer_is_found_by_what_it_writes(name):
     assert first_difference(tokenizer, name, HARD_TEXTS) is None
     other = {"qwen2": "gpt-2", "llama-bpe": "qwen2", "smollm": "qwen2", "gpt-2": "smollm"}[name]
     assert first_difference(tokenizer, other, HARD_TEXTS) is not None
+
+
+def test_llama_cpp_normalizes_nothing_which_texts_that_need_it_show():
+    tokenizer = PUBLISHED["qwen2"]()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    assert first_difference(tokenizer, "qwen2", [composed, apart]) == apart
 
 
 @pytest.mark.skipif(not QWEN3.exists(), reason="needs shared/data/tokenizers/qwen3")

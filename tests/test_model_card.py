@@ -77,6 +77,14 @@ def test_the_closer_comes_back_as_it_was_from_front_matter_and_code(closer, toke
         compile(content, "card", "exec")
 
 
+def test_a_recipe_with_a_fence_in_it_stays_one_block(tokenizer, tmp_path):
+    closer = "x\n```\n# not a heading {close}\n"
+    card = card_of(tokenizer, ThinkFormat.of(tokenizer, closer=closer), closer=closer).text(1)
+    markdown = pytest.importorskip("markdown_it").MarkdownIt("commonmark")
+    (recipe,) = [token.content for token in markdown.parse(card) if token.type == "fence" and token.info == "yaml"]
+    assert yaml.safe_load(recipe)["closer"] == closer
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_name_breaks_the_card_and_no_path_of_the_machine_is_in_it(name, tokenizer, think, tmp_path):
     folder = tmp_path / name.replace("/", ".")
