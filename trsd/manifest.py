@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trsd.errors import InputError
-from trsd.files import write_json
+from trsd.files import write_json, write_text
 from trsd.row_shards import MANIFEST, file_sha256
 
 FORMAT = 1
@@ -38,6 +38,21 @@ def write_manifest(folder: Path) -> None:
         for name, digest in zip(names, _digests(folder, names), strict=True)
     }
     write_json(folder / MANIFEST, {"format": FORMAT, "files": entries})
+
+
+def replace_unloaded(folder: Path, name: str, text: str) -> None:
+    """Write ``text`` to the file ``name`` of a written ``folder``, which is what its manifest says at every moment.
+
+    ``name`` is of a kind that no loader takes, so for as long as it changes it may stand outside the manifest.
+    """
+    if "/" in name or PurePosixPath(name).suffix.lower() in LOADED:
+        raise ValueError(f"expected a file that no loader takes, got {name}")
+    entries = _manifest(folder, _files(folder))
+    others = {other: entry for other, entry in entries.items() if other != name}
+    write_json(folder / MANIFEST, {"format": FORMAT, "files": others})
+    write_text(folder / name, text)
+    written = {"num_bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
+    write_json(folder / MANIFEST, {"format": FORMAT, "files": dict(sorted((others | {name: written}).items()))})
 
 
 def verify(folder: Path) -> None:

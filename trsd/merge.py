@@ -31,6 +31,7 @@ from trsd.adapters import ADAPTER, CONFIG, PEFT_PREFIX, WEIGHTS
 from trsd.command import run_command
 from trsd.errors import InputError
 from trsd.files import share_like_folder, write_json
+from trsd.model_card import CARD, front_matter, serving_facts
 from trsd.models import load_tokenizer, model_folder, tokenizer_fingerprint
 
 # What a config may differ in without being another model.
@@ -108,7 +109,9 @@ def merge(folders: Sequence[Path], output: Path, *, weights: Sequence[float] = (
         _refuse_unlike(models)
         _write_model(models[0], temporary, lambda name: _mean(models, shares, name))
         lines = [f"- {share:.4g} x {folder}" for folder, share in zip(folders, shares, strict=True)]
-        _write_card(temporary, ["The mean of the weights of", "", *lines])
+        facts = [serving_facts(folder) for folder in folders]
+        alike = all(other == facts[0] for other in facts)
+        _write_card(temporary, ["The mean of the weights of", "", *lines], facts[0] if alike else None)
 
 
 def merge_adapter(adapter: Path, base: Path, output: Path) -> None:
@@ -144,7 +147,8 @@ def merge_adapter(adapter: Path, base: Path, output: Path) -> None:
         config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)
         write_json(temporary / "config.json", config | {"dtype": "float32"})
-        _write_card(temporary, [f"{base}", "", f"with the adapter {folder} merged into {len(pairs)} of its matrices"])
+        lines = [f"{base}", "", f"with the adapter {folder} merged into {len(pairs)} of its matrices"]
+        _write_card(temporary, lines, serving_facts(folder.parent))
 
 
 @contextmanager
@@ -269,8 +273,10 @@ def _mean(models: Sequence[Checkpoint], shares: Sequence[float], name: str) -> T
     return total.to(first.dtype)
 
 
-def _write_card(folder: Path, lines: Sequence[str]) -> None:
-    (folder / "README.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+def _write_card(folder: Path, lines: Sequence[str], facts: dict[str, Any] | None) -> None:
+    """What was merged, under what its checkpoint says of serving."""
+    front = [front_matter({"library_name": "transformers", "trsd": facts})] if facts else []
+    (folder / CARD).write_text("\n".join([*front, *lines, ""]), encoding="utf-8")
 
 
 def run(args: MergeArguments) -> None:

@@ -1,7 +1,7 @@
 """``python -m trsd.report RUN_DIR`` writes RUN_DIR/report.html: one self-contained page about a run.
 
 Curve before and after, the numbers under it, the loss, answers side by side, recipe and versions. Also the printed
-summary and the model card.
+summary.
 """
 
 import base64
@@ -16,8 +16,6 @@ import yaml
 from trsd.checkpoint_folders import best_checkpoint
 from trsd.metrics import read_metrics
 from trsd.plots import plot_curves, plot_loss
-from trsd.recipe import Recipe
-from trsd.recipe_file import recipe_as_yaml
 from trsd.run import ENVIRONMENT_FILE, RECIPE_FILE
 
 LOSS_TERMS = {
@@ -26,19 +24,6 @@ LOSS_TERMS = {
     "thinking_cross_entropy": "reasoning shown: cross-entropy",
 }
 LEARNT = {"trsd": "answers", "palign": "prefix and completion"}
-CARDS = {
-    "trsd": """\
-Trained to answer well after any amount of thinking. To stop the thinking at a budget, append this closer, the one it
-was trained with, and let the model answer""",
-    "lsp": """\
-Trained on a part of each sequence, by a larger model's distributions. It may have seen few ends: watch how often it
-stops by itself, and close its thinking where it does not with""",
-    "palign": """\
-Trained on the shortest prefixes of longer reasoning that it found sufficient, and on its own completions of them. What
-closes its thinking""",
-    "sft": """\
-Trained on traces as text. What closes its thinking where it is cut""",
-}
 STYLE = """
 body{font:16px/1.55 system-ui,sans-serif;color:#1f2937;max-width:60rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}
@@ -70,28 +55,6 @@ def summary(before: dict[str, Any], after: dict[str, Any]) -> str:
         lines.append(f"{old['budget']:<10} {old['tokens']:>7}  {old['accuracy']:>8.3f}  {new['accuracy']:>8.3f}")
     lines += [f"{name}: {_number(old)} -> {_number(new)}" for name, (old, new) in headline(before, after).items()]
     return "\n".join(lines)
-
-
-def model_card(recipe: Recipe, closer: str, step: int) -> str:
-    """README.md of a checkpoint: what it is and how it must be served."""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [trsd, reasoning, distillation]
----
-# {recipe.model_name_or_path} after {step} steps of {recipe.method.upper()}
-
-{CARDS[recipe.method]} (written as a Python string)
-
-```
-{closer!r}
-```
-
-Recipe:
-
-```yaml
-{recipe_as_yaml(recipe)}```
-"""
 
 
 def write_report(run_dir: Path) -> Path:

@@ -81,6 +81,11 @@ class ThinkFormat:
             natural_close_ids=tuple(encode_exactly(tokenizer, natural, what="close")),
         )
 
+    @property
+    def opener(self) -> str:
+        """What a prompt ends with."""
+        return _layout(self.open_tag)[0]
+
     def prompt_ids(self, tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
         """Chat messages as token ids that end with the opener, which is added when the template leaves it out.
 
@@ -88,7 +93,7 @@ class ThinkFormat:
         """
         text = _render(tokenizer, messages, enable_thinking=self.open_tag in str(tokenizer.chat_template))
         if not text.rstrip().endswith(self.open_tag):
-            text += _layout(self.open_tag)[0]
+            text += self.opener
         return tokenizer(text, add_special_tokens=False).input_ids
 
     def direct_prompt_ids(self, tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:

@@ -31,13 +31,14 @@ from trsd.job import Job, with_teacher
 from trsd.loop import Loop
 from trsd.methods import Method
 from trsd.metrics import MetricsLog, progress_bar, say, step_line
+from trsd.model_card import ModelCard
 from trsd.models import quieten_transformers
 from trsd.prepare import build_method, prepare_traces
 from trsd.prepare_teacher import prepare_teacher, student_as_teacher
 from trsd.ranks import Ranks, ended_at_once, is_lost_rank, launched_ranks, open_ranks
 from trsd.recipe import Recipe
 from trsd.recipe_file import fail, parse_recipe, recipe_as_yaml
-from trsd.report import model_card, summary, write_report
+from trsd.report import summary, write_report
 from trsd.row_shards import file_sha256
 from trsd.run import alone_in, discard_unbegun, open_run, with_output_dir
 from trsd.validation import held_out_traces, validation_loss
@@ -112,7 +113,9 @@ def resume(checkpoint: Path, loop: Loop, identity: dict[str, Any]) -> int:
     return step
 
 
-def train(job: Job, loop: Loop, resume_from: Path | None, interruption: Interruption) -> Path:
+def train(
+    job: Job, loop: Loop, resume_from: Path | None, interruption: Interruption, before: dict[str, Any] | None = None
+) -> Path:
     """Run the loop from where it stands to its last step; returns the last checkpoint.
 
     A signal, on whichever rank, ends it after the step that is under way, with a checkpoint of that step.
@@ -123,11 +126,12 @@ def train(job: Job, loop: Loop, resume_from: Path | None, interruption: Interrup
     log = MetricsLog(output_dir / "metrics.jsonl", first_step=first) if job.ranks.is_main else None
     if first < loop.num_steps and job.ranks.is_main:  # what was measured after an earlier end holds no more
         (output_dir / "eval" / "after.json").unlink(missing_ok=True)
+    card = ModelCard(recipe, job.think, job.tokenizer)
     checkpointer = Checkpointer(
         output_dir,
         job.tokenizer,
         save_total_limit=recipe.save_total_limit,
-        card=lambda step: model_card(recipe, job.think.closer, step),
+        card=lambda step: card.text(step, before),
         ranks=job.ranks,
     )
     start, advance = time.perf_counter(), progress_bar("train")
@@ -200,7 +204,7 @@ def _run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) ->
     loop = Loop(job, model, teacher, method, ranks, held_out=held_out)
     print(f"attention: {loop.backend}")
     print_example(job, method, loop.stream.step(0))
-    checkpoint = train(job, loop, resume_from, interruption)
+    checkpoint = train(job, loop, resume_from, interruption, before)
     del loop, model, teacher  # of a sharded model the checkpoint is read instead
     gc.collect()  # the loop and its prefetcher hold each other, and the optimizer's state
     after = evaluate_student(job, readable, "after", before and before["percent_of"], checkpoint)
@@ -227,6 +231,7 @@ def finish(
     write_json(job.output_dir / "totals.json", totals)
     report = write_report(job.output_dir)
     if after:
+        ModelCard(job.recipe, job.think, job.tokenizer).rewrite(checkpoint, before, after)
         print(summary(before, after))
     gpu = f", on the GPU {totals['peak_gpu_memory_gib']:.2f} GiB" if job.device == "cuda" else ""
     print(f"{seconds:.0f} s, peak memory {peak:.2f} GiB{gpu}\nmodel   {checkpoint}\nreport  {report}")
