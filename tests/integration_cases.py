@@ -4,8 +4,8 @@ import contextlib
 import copy
 
 import torch
+from conftest import make_tiny_model
 
-from tests.conftest import make_tiny_model
 from trsd.batching import pack_examples
 from trsd.models import PACKED_ATTENTION
 from trsd.objective import Objective

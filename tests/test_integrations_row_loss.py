@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from integration_cases import assert_same_gradients, own_loss, padded_model
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
 
-from tests.integration_cases import assert_same_gradients, own_loss, padded_model
 from trsd.cuts import uniform
 from trsd.errors import InputError
 from trsd.integrations.cut_rows import CutRowCollator, cut_rows

@@ -98,7 +98,9 @@ class RowLoss:
         self.keep_thinking = Objective(alpha=0.0, **shared)
         self.thinking_weight = thinking_weight
 
-    def __call__(self, student: PreTrainedModel, batch: Mapping[str, Tensor], counts: RowCounts | None = None) -> RowTerms:
+    def __call__(
+        self, student: PreTrainedModel, batch: Mapping[str, Tensor], counts: RowCounts | None = None
+    ) -> RowTerms:
         """The loss of ``batch``, which ``CutRowCollator`` made; ``counts``: of the whole step, None: of this batch."""
         counts = counts or row_counts(batch)
         targets = None if self.teacher is None else self._targets(batch)
@@ -154,9 +156,9 @@ def check_logits_of_rows(model: PreTrainedModel) -> None:
     """Raise for a model whose rows cannot be run here, or whose logits are not what the loss takes them for."""
     plain_head(model)
     if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
-        raise InputError("an adapter of virtual tokens acts outside the body, which alone is run: choose one of weights")
+        raise InputError("an adapter of virtual tokens acts outside the body, and only that is run: choose one of weights")
     if getattr(model.config, "_attn_implementation", None) == PACKED_ATTENTION:
-        raise InputError(f'{type(model).__name__} runs packed rows only: call its set_attn_implementation("sdpa") first')
+        raise InputError(f'{type(model).__name__} runs packed rows: call its set_attn_implementation("sdpa") first')
     was_training = model.training
     model.eval()
     ids = torch.arange(1, 5, device=model.device)[None]
