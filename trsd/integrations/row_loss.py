@@ -156,7 +156,7 @@ def check_logits_of_rows(model: PreTrainedModel) -> None:
     """Raise for a model whose rows cannot be run here, or whose logits are not what the loss takes them for."""
     plain_head(model)
     if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
-        raise InputError("an adapter of virtual tokens acts outside the body, and only that is run: choose one of weights")
+        raise InputError("an adapter of virtual tokens acts outside the body that is run: choose one of weights")
     if getattr(model.config, "_attn_implementation", None) == PACKED_ATTENTION:
         raise InputError(f'{type(model).__name__} runs packed rows: call its set_attn_implementation("sdpa") first')
     was_training = model.training
