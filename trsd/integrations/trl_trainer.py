@@ -1,0 +1,247 @@
+"""Trainers of TRL (1.16) that learn by this package's losses.
+
+``FusedDistillationTrainer`` is ``trl.DistillationTrainer``, on-policy, with another divergence. TRL's is a chunked one
+too and, by default, the same number; in fp32 the two agree to 1e-6. What differs:
+
+    options        TRL has KL either way and the JSD, of ``args.beta``; here also the skew divergences, a share of
+                   cross-entropy, and T^2, which TRL leaves out (so does this trainer unless told otherwise): TRL's
+                   gradient shrinks as 1 / T^2 at a temperature above 1. ``args.temperature`` is also that of sampling.
+    products       TRL makes the logits in the forward pass and again in the backward (a JSD: twice in the forward).
+                   Here each is made once. TRL's two fp32 tiles take rows x 32,768 numbers each, up to 1 GiB together,
+                   also where the vocabulary is smaller; here ``chunk_bytes`` says how much.
+    rounding       TRL rounds the gradient of the logits to bf16 where models are bf16, and under autocast on a CPU also
+                   the operands. The JSD's gradient is a difference of nearly equal numbers where the student is certain
+                   of a token: TRL's, in fp32, is 1e-4 off there, ours 2e-6.
+    positions      TRL pads prompts on the left and gives no position_ids. A model with learnt positions (GPT-2) then
+                   sees a row otherwise than in generation, and its loss depends on the other rows of the batch. Here
+                   positions count from the first real token. Rotary positions are relative: nothing changes.
+
+Both normalise by the tokens of the whole optimizer step, over micro-batches and processes, so ``num_items_in_batch``
+means the same. In evaluation both take the mean of each batch, and then the mean of these, whatever their tokens.
+
+``CutRowTrainer`` is ``trl.SFTTrainer`` that distils offline traces: rows of ``cut_rows`` against a teacher that runs
+beside them. TRL's own preparation is left out, for it cuts ``input_ids`` and ``labels`` to ``max_length`` (1,024 unless
+set), which takes the answer at the end of a row and leaves the teacher's columns as they were.
+
+TRL's experimental GKDTrainer is not built on: where it learns from what the student generated, it still divides by the
+number of labels in the data set's own answers, so that longer ones there make a step count less; and its temperature is
+that of sampling alone.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer
+
+from trsd.errors import InputError
+from trsd.integrations.cut_rows import IGNORE, CutRowCollator
+from trsd.integrations.row_loss import (
+    RowCounts,
+    RowLoss,
+    RowTerms,
+    check_logits_of_rows,
+    plain_head,
+    row_counts,
+)
+from trsd.models import logit_options
+from trsd_kernels import FusedLinearDistillation
+
+try:
+    from trl import DistillationTrainer, SFTConfig, SFTTrainer
+    from trl.models.utils import _ForwardRedirection  # through which a wrapper such as DDP sees a forward pass
+except ImportError:
+    raise ImportError("trsd.integrations.trl_trainer needs TRL: pip install 'trsd[peers]'") from None
+
+
+class FusedDistillationTrainer(DistillationTrainer):
+    """``trl.DistillationTrainer`` with the divergence of ``trsd_kernels``; see the module for what differs."""
+
+    def __init__(self, *args: Any, distill_options: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Take what TRL's trainer takes.
+
+        Args:
+            *args, **kwargs: of ``trl.DistillationTrainer``.
+            distill_options: of ``trsd_kernels.FusedLinearDistillation``, before TRL's: by default the JSD of
+                ``args.beta`` at ``args.temperature``, without T^2 and without cross-entropy.
+
+        Raises:
+            InputError: images, a teacher elsewhere, weights in shards, or logits that the loss would get wrong.
+        """
+        super().__init__(*args, **kwargs)
+        _refuse_shards(self)
+        if self._is_vlm or self.teacher_model is None:
+            raise InputError("expected text alone and a teacher_model in this process: use trl.DistillationTrainer")
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        check_logits_of_rows(self.model)
+        check_logits_of_rows(teacher)
+        options = {
+            "alpha": 1.0,
+            "divergence": "jsd",
+            "beta": self.beta,
+            "temperature": self.temperature,
+            "temperature_squared": False,
+            **logit_options(self.model.config, "student"),
+            **logit_options(teacher.config, "teacher"),
+        }
+        self.distill = FusedLinearDistillation(**(options | (distill_options or {})))
+
+    def _compute_loss(
+        self, unwrapped_student: PreTrainedModel, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, sum of the student's entropies, number of tokens) of one micro-batch, as TRL's."""
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        learnt = inputs["completion_mask"] * inputs.get("tool_mask", 1) != 0
+        labels = inputs["completion_ids"].masked_fill(~learnt, IGNORE)
+        teacher = self.accelerator.unwrap_model(self.teacher_model).eval()
+        student_states = _completion_states(unwrapped_student, ids, mask, labels.shape[1])
+        with torch.no_grad():
+            teacher_states = _completion_states(teacher, ids, mask, labels.shape[1])
+        out = self.distill(
+            student_states.flatten(0, 1),
+            plain_head(unwrapped_student).weight,
+            teacher_states.flatten(0, 1),
+            plain_head(teacher).weight,
+            labels.flatten(),
+            num_items_in_batch=num_items_in_batch,
+        )
+        return out.loss, out.per_token.student_entropy.sum(), learnt.sum()
+
+
+def _completion_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+    """States that predict the last ``length`` tokens of rows padded on both sides, [num_rows, length, hidden_size]."""
+    body, inputs = model.get_decoder(), {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if "position_ids" in inspect.signature(body.forward).parameters:
+        inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return body(**inputs).last_hidden_state[:, -length - 1 : -1]
+
+
+class CutRowTrainer(SFTTrainer):
+    """``trl.SFTTrainer`` that learns rows of ``cut_rows`` from a teacher.
+
+    It logs ``cross_entropy``, ``divergence`` and ``thinking_cross_entropy``, each the mean over its tokens since the
+    last time, in all processes.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        teacher_model: PreTrainedModel | None,
+        args: SFTConfig | None = None,
+        *,
+        thinking_weight: float = 1.0,
+        distill_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take what TRL's trainer takes, and a teacher.
+
+        Args:
+            model: the student.
+            teacher_model: of the student's tokenizer; None with ``distill_options={"alpha": 0}``.
+            args: rows longer than its ``max_length`` are refused, never cut.
+            thinking_weight: of the cross-entropy of rows' thinking labels.
+            distill_options: alpha, divergence, beta, temperature, ... of ``RowLoss``; by default the forward KL alone.
+            **kwargs: of ``trl.SFTTrainer``; ``train_dataset`` and ``eval_dataset`` hold rows of ``cut_rows``.
+
+        Raises:
+            InputError: a setting that would change the loss behind its back, or what ``RowLoss`` refuses.
+        """
+        args = args or SFTConfig()
+        _refuse_other_losses(args)
+        args.remove_unused_columns = False
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        kwargs.setdefault("data_collator", CutRowCollator(max_length=args.max_length))
+        super().__init__(model, args, **kwargs)
+        _refuse_shards(self)
+        if self.aux_loss_enabled:
+            raise InputError("the router's auxiliary loss is not part of this loss: set router_aux_loss_coef=0")
+        self.row_loss = RowLoss(
+            self.model, teacher_model, thinking_weight=thinking_weight, **({"alpha": 1.0} | (distill_options or {}))
+        )
+        self.model_accepts_loss_kwargs = True  # the loss is normalised by the whole step, whatever the model's is
+        self._forward_redirection = _ForwardRedirection()
+        self._step_counts: RowCounts | None = None
+        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The batches of an optimizer step and their labels' number; the counts of both terms are kept."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.zeros(2, dtype=torch.int64)
+        for batch in samples:
+            counts += torch.stack(row_counts(batch))
+        counts = counts.to(device)
+        if self.args.average_tokens_across_devices:
+            counts = self.accelerator.reduce(counts, "sum")
+        self._step_counts = RowCounts(*counts)
+        return samples, num_items
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The loss of one batch: of a step's in training, of its own tokens in evaluation."""
+        if return_outputs:
+            raise InputError("this trainer makes no logits: leave compute_metrics out, or set prediction_loss_only")
+        counts = None if num_items_in_batch is None else self._step_counts
+        student = self.accelerator.unwrap_model(model)
+        terms = self._forward_redirection(model, student, self._row_terms, student, inputs, counts)
+        self._count(terms, inputs, counts)
+        if counts is not None and self.args.average_tokens_across_devices:
+            return terms.loss * self.accelerator.num_processes  # DDP takes the mean over processes
+        return terms.loss
+
+    def _row_terms(self, student: PreTrainedModel, inputs: dict[str, Tensor], counts: RowCounts | None) -> RowTerms:
+        return self.row_loss(student, inputs, counts)
+
+    def _count(self, terms: RowTerms, inputs: dict[str, Tensor], counts: RowCounts | None) -> None:
+        """Add the batch's terms, as sums over tokens, to what is logged."""
+        mine = row_counts(inputs)
+        over = counts or mine
+        found = {
+            "items": mine.items,
+            "thinking": mine.thinking,
+            "cross_entropy": terms.cross_entropy * over.items,
+            "divergence": terms.divergence * over.items,
+            "thinking_cross_entropy": terms.thinking * over.thinking,
+        }
+        sums = self._sums["train" if self.model.training else "eval"]
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0) + value.detach()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, with the terms of the loss."""
+        mode = "train" if self.model.training else "eval"
+        sums = self._sums[mode]
+        if sums:
+            values = self.accelerator.reduce(torch.stack([value.double() for value in sums.values()]), "sum")
+            found = dict(zip(sums, values.tolist(), strict=True))
+            prefix = "eval_" if mode == "eval" else ""
+            for name in ("cross_entropy", "divergence", "thinking_cross_entropy"):
+                logs[prefix + name] = found[name] / max(found["thinking" if "thinking" in name else "items"], 1.0)
+            sums.clear()
+        super().log(logs, start_time)
+
+
+def _refuse_shards(trainer: Trainer) -> None:
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.accelerator.parallelism_config is not None:
+        raise InputError("weights in shards are not supported here: train with DDP, or by torchrun -m trsd.train")
+
+
+def _refuse_other_losses(args: SFTConfig) -> None:
+    """Raise for settings of ``SFTTrainer`` that would be without effect, or take rows apart."""
+    given = {
+        "packing": args.packing,
+        "padding_free": args.padding_free,
+        "loss_type": args.loss_type != "nll",
+        "label_smoothing_factor": args.label_smoothing_factor > 0,
+    }
+    if named := [name for name, value in given.items() if value]:
+        raise InputError(f"{', '.join(named)}: not part of distilling cut rows; leave it at its default")
