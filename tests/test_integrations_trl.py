@@ -1,11 +1,15 @@
 """Trainers of TRL with our losses: the same numbers as TRL's own and as this package's trainer, and TRL's faults."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from distillation_cases import exact_loss, gradient_errors, make_case
 from integration_cases import assert_same_gradients, own_loss, padded_model
+from safetensors.torch import load_file
 
 from trsd.cuts import uniform
 from trsd.errors import InputError
@@ -277,8 +281,6 @@ def test_offline_training_learns_and_evaluates(tokenizer, tmp_path, method):
 
 
 def test_a_checkpoint_is_the_student_alone(tokenizer, tmp_path, method):
-    from safetensors.torch import load_file
-
     trainer = offline(tokenizer, tmp_path, cut_rows(method), save_strategy="steps", save_steps=1)
     trainer.train()
     saved = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
@@ -319,3 +321,51 @@ def test_without_a_teacher_alpha_must_be_0(tokenizer, tmp_path, method):
     with pytest.raises(InputError, match="alpha=0"):
         offline(tokenizer, tmp_path, cut_rows(method), teacher=False)
     offline(tokenizer, tmp_path, cut_rows(method), teacher=False, options={"alpha": 0.0}).train()
+
+
+ON_RANKS = """
+import sys, torch
+from safetensors.torch import save_file
+from conftest import REASONER, make_traces
+from test_integrations_trl import cut_rows, offline
+from trsd.cuts import uniform
+from trsd.methods.trsd import TRSD
+from trsd.models import load_tokenizer
+from trsd.thinking import ThinkFormat
+
+torch.set_num_threads(1)
+folder, batch_size = sys.argv[1], int(sys.argv[2])
+tokenizer = load_tokenizer(REASONER)
+think = ThinkFormat.of(tokenizer)
+traces = make_traces(tokenizer, think, 6)
+rows = cut_rows(TRSD(traces, think, uniform, seed=3, branches_per_trace=2, keep_thinking=True))
+settings = dict(per_device_train_batch_size=batch_size, gradient_accumulation_steps=2, max_steps=2)
+trainer = offline(tokenizer, folder, rows, optim="sgd", learning_rate=0.1, **settings)
+trainer.train()
+if trainer.accelerator.is_main_process:
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    save_file(weights, folder + "/weights.safetensors")
+    for row in trainer.state.log_history[:2]:
+        print("logged", *(row[name] for name in ("cross_entropy", "divergence", "thinking_cross_entropy", "grad_norm")))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_offline_steps_of_one(tmp_path):
+    """12 rows a step, in two micro-batches on each rank; the ranks' tokens differ."""
+    tests = Path(__file__).parent
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent, tests.parent / "kernels")))}
+    (tmp_path / "ranks.py").write_text(ON_RANKS)
+    logged, weights = [], []
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if number == 2 else []
+        command = [sys.executable, *launcher, str(tmp_path / "ranks.py"), str(folder), str(6 // number)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=variables)
+        assert result.returncode == 0, result.stderr[-3000:]
+        lines = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("logged")]
+        logged.append([float(word) for line in lines for word in line])
+        weights.append(load_file(folder / "weights.safetensors"))
+    assert len(logged[0]) == 8 and logged[1] == pytest.approx(logged[0], rel=1e-4)
+    for name, wanted in weights[0].items():
+        assert torch.allclose(weights[1][name], wanted, atol=1e-6), name

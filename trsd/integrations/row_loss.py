@@ -7,7 +7,7 @@ teacher run the padded rows; the states that predict a label are taken out, row 
 ``Objective``: no logits of either model exist. What is masked is never taken, so padding changes rounding only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +45,30 @@ class RowCounts(NamedTuple):
 def row_counts(batch: Mapping[str, Tensor]) -> RowCounts:
     """How many labels and thinking labels ``batch`` has; counts of several batches add up."""
     return RowCounts(*(_learnt(batch, name).sum() for name in ("labels", THINKING)))
+
+
+class TermMeans:
+    """The terms' means over the tokens of several batches, whatever each was divided by."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def add(self, terms: RowTerms, batch: Mapping[str, Tensor], counts: RowCounts | None = None) -> None:
+        """Count a batch and its terms, which were divided by ``counts``."""
+        mine = row_counts(batch)
+        items, thinking = counts or mine
+        found = [*mine, terms.cross_entropy * items, terms.divergence * items, terms.thinking * thinking]
+        added = torch.stack([value.double() for value in found])
+        self._sums = added if self._sums is None else self._sums + added
+
+    def take(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
+        """The means since the last call, over the ranks that ``reduce`` adds up; empty where nothing was added."""
+        if self._sums is None:
+            return {}
+        items, thinking, *sums = reduce(self._sums).tolist()
+        self._sums = None
+        names = ("cross_entropy", "divergence", "thinking_cross_entropy")
+        return {name: value / max(n, 1) for name, value, n in zip(names, sums, (items, items, thinking), strict=True)}
 
 
 class RowLoss:
@@ -112,6 +136,12 @@ class RowLoss:
         thinking = self._term(self.keep_thinking, hidden, head, None, batch, THINKING, counts.thinking).loss
         loss = found.loss + self.thinking_weight * thinking
         return RowTerms(loss, found.cross_entropy, found.divergence, thinking.detach())
+
+    def of_means(self, cross_entropy: float, divergence: float, thinking_cross_entropy: float) -> float:
+        """Equation (1) of terms that are means already."""
+        options = self.objective.distill.options
+        labels = (1 - options.alpha) * cross_entropy + options.divergence_scale * divergence
+        return labels + self.thinking_weight * thinking_cross_entropy
 
     @staticmethod
     def _term(

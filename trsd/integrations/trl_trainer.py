@@ -42,6 +42,7 @@ from trsd.integrations.row_loss import (
     RowCounts,
     RowLoss,
     RowTerms,
+    TermMeans,
     check_logits_of_rows,
     plain_head,
     row_counts,
@@ -53,7 +54,7 @@ try:
     from trl import DistillationTrainer, SFTConfig, SFTTrainer
     from trl.models.utils import _ForwardRedirection  # through which a wrapper such as DDP sees a forward pass
 except ImportError:
-    raise ImportError("trsd.integrations.trl_trainer needs TRL: pip install 'trsd[peers]'") from None
+    raise ImportError("trsd.integrations.trl_trainer needs TRL: pip install 'trsd[trl]'") from None
 
 
 class FusedDistillationTrainer(DistillationTrainer):
@@ -164,7 +165,7 @@ class CutRowTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True  # the loss is normalised by the whole step, whatever the model's is
         self._forward_redirection = _ForwardRedirection()
         self._step_counts: RowCounts | None = None
-        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self._means = {"train": TermMeans(), "eval": TermMeans()}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -193,7 +194,7 @@ class CutRowTrainer(SFTTrainer):
         counts = None if num_items_in_batch is None else self._step_counts
         student = self.accelerator.unwrap_model(model)
         terms = self._forward_redirection(model, student, self._row_terms, student, inputs, counts)
-        self._count(terms, inputs, counts)
+        self._means["train" if self.model.training else "eval"].add(terms, inputs, counts)
         if counts is not None and self.args.average_tokens_across_devices:
             return terms.loss * self.accelerator.num_processes  # DDP takes the mean over processes
         return terms.loss
@@ -201,32 +202,12 @@ class CutRowTrainer(SFTTrainer):
     def _row_terms(self, student: PreTrainedModel, inputs: dict[str, Tensor], counts: RowCounts | None) -> RowTerms:
         return self.row_loss(student, inputs, counts)
 
-    def _count(self, terms: RowTerms, inputs: dict[str, Tensor], counts: RowCounts | None) -> None:
-        """Add the batch's terms, as sums over tokens, to what is logged."""
-        mine = row_counts(inputs)
-        over = counts or mine
-        found = {
-            "items": mine.items,
-            "thinking": mine.thinking,
-            "cross_entropy": terms.cross_entropy * over.items,
-            "divergence": terms.divergence * over.items,
-            "thinking_cross_entropy": terms.thinking * over.thinking,
-        }
-        sums = self._sums["train" if self.model.training else "eval"]
-        for name, value in found.items():
-            sums[name] = sums.get(name, 0) + value.detach()
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, with the terms of the loss."""
         mode = "train" if self.model.training else "eval"
-        sums = self._sums[mode]
-        if sums:
-            values = self.accelerator.reduce(torch.stack([value.double() for value in sums.values()]), "sum")
-            found = dict(zip(sums, values.tolist(), strict=True))
-            prefix = "eval_" if mode == "eval" else ""
-            for name in ("cross_entropy", "divergence", "thinking_cross_entropy"):
-                logs[prefix + name] = found[name] / max(found["thinking" if "thinking" in name else "items"], 1.0)
-            sums.clear()
+        means = self._means[mode].take(lambda sums: self.accelerator.reduce(sums, "sum"))
+        prefix = "" if mode == "train" else "eval_"
+        logs.update({prefix + name: value for name, value in means.items()})  # also for metric_for_best_model
         super().log(logs, start_time)
 
 
