@@ -1,5 +1,6 @@
 """The LightningModule takes the steps of this package's trainer, whatever its micro-batches, and saves the student."""
 
+import importlib
 import math
 import os
 import subprocess
@@ -150,6 +151,14 @@ def test_lightnings_own_accumulation_and_clipping_are_refused_by_it(models, meth
 def test_sizes_that_are_none_are_refused(models):
     with pytest.raises(InputError, match="micro_batch_size"):
         CutRowModule(*models, micro_batch_size=0)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    for name in ["lightning", "pytorch_lightning"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "trsd.integrations.lightning_module")
+    with pytest.raises(ImportError, match=r"pip install 'trsd\[lightning\]'"):
+        importlib.import_module("trsd.integrations.lightning_module")
 
 
 ON_TWO_RANKS = """

@@ -1,5 +1,6 @@
 """Trainers of TRL with our losses: the same numbers as TRL's own and as this package's trainer, and TRL's faults."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from trsd.errors import InputError
 from trsd.integrations.cut_rows import CutRowCollator, cut_rows
 from trsd.methods.trsd import TRSD
 
-os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # noqa: E402
@@ -38,11 +38,16 @@ SHARED = dict(
 QUESTIONS = [{"prompt": [{"role": "user", "content": f"What is {n} and {'one more ' * n}?"}]} for n in range(1, 9)]
 
 
-def on_policy(kind, tokenizer, folder, *, options=None, student=None, **settings):
+@pytest.fixture(autouse=True)
+def no_telemetry(monkeypatch):
+    monkeypatch.setenv("CI", "1")  # under which TRL sends none
+
+
+def on_policy(kind, tokenizer, folder, *, options=None, **settings):
     defaults = dict(per_device_train_batch_size=4, max_completion_length=12)
     args = trl.DistillationConfig(output_dir=str(folder), **(SHARED | defaults | settings))
     return kind(
-        model=student or padded_model(tokenizer, seed=0),
+        model=padded_model(tokenizer, seed=0),
         teacher_model=padded_model(tokenizer, seed=1),
         args=args,
         train_dataset=datasets.Dataset.from_list(QUESTIONS),
@@ -321,6 +326,14 @@ def test_without_a_teacher_alpha_must_be_0(tokenizer, tmp_path, method):
     with pytest.raises(InputError, match="alpha=0"):
         offline(tokenizer, tmp_path, cut_rows(method), teacher=False)
     offline(tokenizer, tmp_path, cut_rows(method), teacher=False, options={"alpha": 0.0}).train()
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    for name in ["trl"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "trsd.integrations.trl_trainer")
+    with pytest.raises(ImportError, match=r"pip install 'trsd\[trl\]'"):
+        importlib.import_module("trsd.integrations.trl_trainer")
 
 
 ON_RANKS = """

@@ -7,8 +7,8 @@ too and, by default, the same number; in fp32 the two agree to 1e-6. What differ
                    cross-entropy, and T^2, which TRL leaves out (so does this trainer unless told otherwise): TRL's
                    gradient shrinks as 1 / T^2 at a temperature above 1. ``args.temperature`` is also that of sampling.
     products       TRL makes the logits in the forward pass and again in the backward (a JSD: twice in the forward).
-                   Here each is made once by default. TRL's two fp32 tiles take rows x 32,768 numbers each, up to 1 GiB together,
-                   also where the vocabulary is smaller; here ``chunk_bytes`` says how much.
+                   Here each is made once by default. TRL's two fp32 tiles take rows x 32,768 numbers each, up to 1 GiB
+                   together, also where the vocabulary is smaller; here ``chunk_bytes`` says how much.
     rounding       The JSD's gradient is a difference of nearly equal numbers where the student is certain of a token:
                    TRL's, in fp32, is 1e-4 off there, ours 2e-6. Of bf16 operands both round the gradient of the logits
                    to bf16 on a GPU, and TRL on a CPU too; under autocast on a CPU TRL also rounds the operands.
