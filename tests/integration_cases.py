@@ -1,89 +1,56 @@
-"""A student, a teacher of another width, and rows of cut traces, for the tests of what we bring to other trainers."""
+"""What the tests of integrations compare with: this package's own objective on packed rows of the same traces."""
+
+import contextlib
+import copy
 
 import torch
-from conftest import make_traces
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from conftest import make_tiny_model
 
 from trsd.batching import pack_examples
-from trsd.cuts import fractions
-from trsd.integrations.cut_rows import DistillCollator, cut_rows
-from trsd.methods import TeacherExamples
-from trsd.methods.trsd import TRSD
-from trsd.models import PACKED_ATTENTION, packed_hidden_states
+from trsd.models import PACKED_ATTENTION
 from trsd.objective import Objective
+from trsd.student_loss import StudentLoss
 from trsd.teachers import OnlineTeacher
 
-OPTIONS = {"alpha": 0.7, "divergence": "jsd", "temperature": 1.5}
+
+def padded_model(tokenizer, *, seed):
+    """The tiny model as other trainers run it."""
+    model = make_tiny_model(tokenizer, seed=seed)
+    model.set_attn_implementation("sdpa")
+    return model
 
 
-def small_model(tokenizer, *, hidden_size=32, vocab_size=None, tie=True, seed=0):
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=vocab_size or len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=512,
-        tie_word_embeddings=tie,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        initializer_range=0.3,  # large, so that distributions are far from uniform and differences show
+def own_loss(model, teacher, method, members, *, alpha=1.0, thinking_weight=1.0, **options):
+    """(loss, [loss, cross-entropy, divergence, thinking], gradients) of one step of (epoch, trace index) ``members``.
+
+    ``options``: of the divergence. The models stay as they are.
+    """
+    packed, packed_teacher = copy.deepcopy(model).eval(), copy.deepcopy(teacher)
+    for one in (packed, packed_teacher):
+        one.set_attn_implementation(PACKED_ATTENTION)
+    shared = {"vocab_size": packed.config.vocab_size, "chunk_bytes": None}
+    student = StudentLoss(
+        packed,
+        Objective(alpha=alpha, **shared, **options),
+        Objective(alpha=0.0, **shared),
+        thinking_weight=thinking_weight,
+        backend="auto",
+        compute=contextlib.nullcontext,
     )
-    return Qwen3ForCausalLM(config)
-
-
-def trsd_method(tokenizer, think, num_traces=4, branches=2):
-    traces = make_traces(tokenizer, think, num_traces)
-    return TRSD(traces, think, fractions((0.3, 0.6, 1.0)), seed=0, branches_per_trace=branches)
-
-
-def trsd_rows(tokenizer, think, **options):
-    return list(cut_rows(trsd_method(tokenizer, think, **options)))
-
-
-def batch_of(tokenizer, rows):
-    return DistillCollator(tokenizer.pad_token_id)(rows)
-
-
-def loss_of_the_loop(method, student, teacher, **options):
-    """What the trainer's own loop makes of one step over all traces of ``method``, packed; gradients add up in it."""
-    before = [model.config._attn_implementation for model in (student, teacher)]
-    for model in (student, teacher):
-        model.set_attn_implementation(PACKED_ATTENTION)
-    targets = OnlineTeacher(teacher, TeacherExamples(method), max_tokens_per_batch=256)
-    batches = pack_examples(method.examples([(0, index) for index in range(len(method.traces))]), 256, "cpu")
-    assert len(batches) > 1
-    vocab_size = min(model.get_output_embeddings().weight.shape[0] for model in (student, teacher))
-    objective = Objective(vocab_size=vocab_size, chunk_bytes=None, **options)
-    num_items = sum(batch.num_items for batch in batches)
-    total = 0.0
+    examples = [method.teacher_example(index) for index in range(len(method.traces))]
+    targets = OnlineTeacher(packed_teacher, examples, max_tokens_per_batch=512).targets
+    batches = pack_examples(method.examples(members), 512, "cpu")
+    num_items, num_thinking = (sum(getattr(b, name) for b in batches) for name in ("num_items", "num_thinking"))
+    packed.zero_grad()
+    terms = torch.zeros(4)
     for batch in batches:
-        hidden = packed_hidden_states(student, batch.input_ids, batch.layout)[batch.rows]
-        found = targets.targets(batch.trace_indices)
-        weights = {"token_weights": batch.weights, "num_items_in_batch": num_items}
-        out = objective(hidden, student.get_output_embeddings().weight, found, batch.labels, **weights)
-        out.loss.backward()
-        total += out.loss.item()
-    for model, name in zip((student, teacher), before, strict=True):
-        model.set_attn_implementation(name)
-    return total
+        loss, parts = student(batch, num_items, num_thinking, targets)
+        loss.backward()
+        terms += parts
+    return terms[0], terms, {name: p.grad for name, p in packed.named_parameters()}
 
 
-def gradients_of(model):
-    """Gradients by name, taken out of the model."""
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def assert_same_gradients(one, other):
-    """To fp32's rounding of sums in another order."""
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(
-            one[name], other[name], rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}"
-        )
+def assert_same_gradients(model, wanted, bound=1e-5):
+    """Every gradient of ``model`` within ``bound`` of the norm of the one wanted."""
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad - wanted[name]).norm() <= bound * wanted[name].norm(), name

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from integration_cases import (
+from forward_distill_cases import (
     OPTIONS,
     assert_same_gradients,
     batch_of,
+    batch_targets,
     gradients_of,
     loss_of_the_loop,
     small_model,
@@ -22,7 +23,6 @@ from transformers import BertConfig, BertModel, Gemma2Config, Gemma2ForCausalLM,
 
 from trsd.errors import InputError
 from trsd.integrations.causal_lm import add_forward_distill, run_through, teacher_targets
-from trsd.integrations.cut_rows import batch_targets
 from trsd_kernels.reference import distillation_rows
 
 
@@ -157,7 +157,7 @@ def test_a_model_that_does_something_else_to_its_logits_is_refused():
         return output
 
     model.forward = tripled
-    with pytest.raises(InputError, match="its logits are not those of its lm_head"):
+    with pytest.raises(InputError, match="its logits are not its hidden states times the lm_head"):
         add_forward_distill(model)
 
 
@@ -232,7 +232,9 @@ def run_rank(rank, port, folder, wrapping):
     num_items = (batch["labels"][:, 1:] != -100).sum() / 2  # gradients are averaged over the ranks
     if wrapping == "ddp":
         wrapper = DistributedDataParallel(student)
-        out = run_through(wrapper, student, "forward_distill", **half, **mine, num_items_in_batch=num_items, **OPTIONS)
+        out = run_through(
+            wrapper, student, student.forward_distill, **half, **mine, num_items_in_batch=num_items, **OPTIONS
+        )
     else:
         for layer in student.model.layers:
             fully_shard(layer)

@@ -1,111 +1,105 @@
-"""Hugging Face ``Trainer`` with our loss."""
+"""Hugging Face ``Trainer`` on rows of ``cut_rows``: the step of this package's own trainer."""
 
 import json
 
 import pytest
 import torch
-from integration_cases import (
-    OPTIONS,
-    assert_same_gradients,
-    gradients_of,
-    loss_of_the_loop,
-    small_model,
-    trsd_method,
-    trsd_rows,
-)
+from integration_cases import own_loss, padded_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from trsd.integrations.cut_rows import DistillCollator
+from trsd.cuts import uniform
+from trsd.errors import InputError
+from trsd.integrations.cut_rows import CutRowCollator, cut_rows
 from trsd.integrations.hf_trainer import DistillTrainer
+from trsd.methods.trsd import TRSD
 
 pytest.importorskip("accelerate")
 
+SHARED = dict(
+    use_cpu=True,
+    report_to=[],
+    disable_tqdm=True,
+    max_steps=1,
+    save_strategy="no",
+    logging_steps=1,
+    lr_scheduler_type="constant",
+)
 
-def trainer_of(tokenizer, rows, folder, *, teacher=True, **settings):
-    arguments = dict(
-        max_steps=1, learning_rate=0.0, report_to="none", save_strategy="no", max_grad_norm=1e9, use_cpu=True
-    )
+
+@pytest.fixture
+def method(traces, think):
+    return TRSD(traces, think, uniform, seed=3, branches_per_trace=2, keep_thinking=True)
+
+
+def trainer_of(tokenizer, folder, rows, *, options=None, teacher=True, **settings):
     return DistillTrainer(
-        small_model(tokenizer),
-        args=TrainingArguments(str(folder), **arguments | settings),
+        padded_model(tokenizer, seed=0),
+        padded_model(tokenizer, seed=1) if teacher else None,
+        TrainingArguments(str(folder), **(SHARED | settings)),
+        thinking_weight=0.5,
+        distill_options=options,
         train_dataset=rows,
-        eval_dataset=rows,
-        data_collator=DistillCollator(tokenizer.pad_token_id),
-        teacher=small_model(tokenizer, hidden_size=48, seed=1) if teacher else None,
-        distill_options=OPTIONS if teacher else None,
+        eval_dataset=rows[:4],
     )
 
 
-def loss_and_gradients(trainer, monkeypatch):
-    """What one optimizer step of ``trainer`` logs, and the gradients it is taken on."""
-    found = {}
+@pytest.mark.parametrize(
+    "options", [{}, dict(alpha=0.6, divergence="jsd", beta=0.3, temperature=2.0)], ids=["forward_kl", "jsd"]
+)
+@pytest.mark.parametrize("accumulated", [1, 7])
+def test_a_step_is_the_step_of_our_trainer(tokenizer, tmp_path, traces, method, options, accumulated):
+    """One batch of 14 rows, or 7 micro-batches of 2 with unequal numbers of tokens."""
+    students = padded_model(tokenizer, seed=0), padded_model(tokenizer, seed=1)
+    members = [(0, index) for index in range(len(traces))]
+    loss, terms, wanted = own_loss(*students, method, members, thinking_weight=0.5, **options)
+    settings = dict(gradient_accumulation_steps=accumulated, per_device_train_batch_size=14 // accumulated)
+    trainer = trainer_of(tokenizer, tmp_path, cut_rows(method), options=options, **settings)
+    gradients, clip = {}, trainer.accelerator.clip_grad_norm_
 
-    def stepped(*_, **__):
-        found.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+    def keep(*args, **kwargs):
+        gradients.update({name: p.grad.clone() for name, p in trainer.model.named_parameters()})
+        return clip(*args, **kwargs)
 
-    trainer.create_optimizer()
-    monkeypatch.setattr(trainer.optimizer, "step", stepped)
-    trainer.args.logging_steps = 1
+    trainer.accelerator.clip_grad_norm_ = keep
     trainer.train()
-    return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry), found
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    names = ("cross_entropy", "divergence", "thinking_cross_entropy")
+    assert [logged[name] for name in names] == pytest.approx(terms[1:].tolist(), rel=1e-6, abs=1e-7)
+    for name, gradient in wanted.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_a_step_has_the_loss_and_gradients_of_the_trainers_own_loop(
-    tokenizer, think, tmp_path, monkeypatch, accumulation
-):
-    """Micro-batches of unequal numbers of labels add up to the large one."""
-    rows = trsd_rows(tokenizer, think)
+def test_a_run_learns_evaluates_and_saves_the_student_alone(tokenizer, tmp_path, method):
     trainer = trainer_of(
-        tokenizer,
-        rows,
-        tmp_path,
-        per_device_train_batch_size=len(rows) // accumulation,
-        gradient_accumulation_steps=accumulation,
-    )
-    loss, gradients = loss_and_gradients(trainer, monkeypatch)
-    student = small_model(tokenizer)
-    expected = loss_of_the_loop(trsd_method(tokenizer, think), student, trainer.teacher, **OPTIONS)
-    assert loss == pytest.approx(expected, rel=1e-6)
-    assert_same_gradients(gradients, gradients_of(student))
-
-
-def test_evaluation_has_the_mean_over_labels_of_a_batch(tokenizer, think, tmp_path):
-    rows = trsd_rows(tokenizer, think)
-    trainer = trainer_of(tokenizer, rows, tmp_path, per_device_eval_batch_size=len(rows))
-    expected = loss_of_the_loop(trsd_method(tokenizer, think), small_model(tokenizer), trainer.teacher, **OPTIONS)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
-
-
-def test_without_a_teacher_the_labels_are_learnt(tokenizer, think, tmp_path):
-    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in trsd_rows(tokenizer, think)]
-    trainer = trainer_of(tokenizer, rows, tmp_path, teacher=False, per_device_eval_batch_size=len(rows))
-    batch = DistillCollator(tokenizer.pad_token_id)(rows)
-    with torch.no_grad():
-        expected = trainer.model(**batch).loss.item()
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_run_learns_saves_and_leaves_the_teacher_alone(tokenizer, think, tmp_path):
-    rows = trsd_rows(tokenizer, think)
-    trainer = trainer_of(
-        tokenizer,
-        rows,
-        tmp_path,
-        max_steps=12,
-        learning_rate=3e-3,
-        per_device_train_batch_size=4,
-        logging_steps=1,
-        lr_scheduler_type="constant",
-        save_strategy="steps",
-        save_steps=12,
-    )
-    before = {name: tensor.clone() for name, tensor in trainer.teacher.state_dict().items()}
-    start = trainer.evaluate()["eval_loss"]
+        tokenizer, tmp_path, cut_rows(method), max_steps=8, learning_rate=3e-3, per_device_train_batch_size=5,
+        eval_strategy="steps", eval_steps=4, per_device_eval_batch_size=4, save_strategy="steps", save_steps=8,
+    )  # fmt: skip
     trainer.train()
-    assert trainer.evaluate()["eval_loss"] < 0.7 * start
-    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.teacher.state_dict().items())
-    folder = tmp_path / "checkpoint-12"
-    saved = AutoModelForCausalLM.from_pretrained(folder)
-    assert all(torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in saved.state_dict().items())
+    history = trainer.state.log_history
+    losses = [row["loss"] for row in history if "loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+    measured = [row for row in history if "eval_loss" in row]
+    wanted = trainer.row_loss(trainer.model, CutRowCollator()(cut_rows(method)[:4]))
+    assert measured[-1]["eval_loss"] == pytest.approx(wanted.loss.item(), rel=1e-5)
+    assert measured[-1]["eval_divergence"] == pytest.approx(wanted.divergence.item(), rel=1e-5)
+    folder = tmp_path / "checkpoint-8"
+    saved = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in trainer.model.state_dict().items())
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+
+
+def test_without_a_teacher_the_labels_are_learnt(tokenizer, tmp_path, traces, think):
+    rows = cut_rows(TRSD(traces, think, uniform, seed=3))
+    trainer = trainer_of(tokenizer, tmp_path, rows, teacher=False, options={"alpha": 0.0}, per_device_eval_batch_size=4)
+    batch = CutRowCollator()(rows[:4])
+    with torch.no_grad():
+        whole = trainer.model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_what_would_change_the_loss_is_refused(tokenizer, tmp_path, method):
+    with pytest.raises(InputError, match="label_smoothing_factor"):
+        trainer_of(tokenizer, tmp_path, cut_rows(method), label_smoothing_factor=0.1)
+    with pytest.raises(InputError, match="alpha=0"):
+        trainer_of(tokenizer, tmp_path, cut_rows(method), teacher=False)

@@ -195,10 +195,16 @@ def check_logits(model: PreTrainedModel) -> None:
     layout, backend = _probe(model)
     ids = torch.arange(1, layout.num_tokens + 1, device=model.device)
     row = dict(position_ids=layout.position_ids[None], packed_layout=layout, attention_backend=backend)
-    theirs = model(input_ids=ids[None], use_cache=False, **row).logits[0].double()
-    ours = packed_hidden_states(model, ids, layout, backend=backend) @ model.get_output_embeddings().weight.T
+    theirs = model(input_ids=ids[None], use_cache=False, **row).logits[0]
+    refuse_other_logits(model, packed_hidden_states(model, ids, layout, backend=backend), theirs)
+
+
+def refuse_other_logits(model: PreTrainedModel, hidden_states: Tensor, logits: Tensor) -> None:
+    """Raise unless ``logits`` are what ``logit_options`` makes of ``hidden_states``, both of ``model``."""
+    theirs = logits.double()
+    ours = (hidden_states @ model.get_output_embeddings().weight.T).double()
     options = logit_options(model.config, "model")
-    ours = ours.double() * options.get("model_logit_scale", 1.0)
+    ours = ours * options.get("model_logit_scale", 1.0)
     if cap := options.get("model_logit_softcap"):
         ours = cap * torch.tanh(ours / cap)
     rounding = min(1000 * torch.finfo(model.dtype).eps, 0.05) * theirs.norm()

@@ -1,1 +1,1 @@
-"""One import into other people's trainers: the loss of ``trsd_kernels`` where theirs stands, and our cuts as data."""
+"""One import into other people's trainers: rows, losses and modules that run our objective inside them."""

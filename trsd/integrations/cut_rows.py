@@ -1,103 +1,166 @@
-"""Cuts and branches as a data transform: traces become rows that any trainer's collator can take.
+"""Cuts as a data transform: what a method makes of its traces, as plain rows of lists that other trainers' data is.
 
-A row is a dict of lists: ``input_ids`` and ``labels`` (-100 where nothing is learnt), as everywhere in transformers.
-Where the teacher reads something else than the student, as in TRSD, where it has seen the whole trace, the row also has
-``teacher_input_ids`` and ``teacher_labels``, with the same labels in the same order. ``DistillCollator`` pads rows to a
-batch, and ``batch_targets`` runs the teacher on it.
+A row is one sequence of the student and the one the teacher runs beside it:
 
-The reasoning that a row shows is not learnt here (``thinking_weight`` of the trainer's own loop), for its count in a
-step is nothing that other trainers normalise by. Several cuts of one trace become rows of their own: the tokens they
-share run once for each, which the packed rows of ``python -m trsd.train`` avoid.
+    input_ids           what the student sees: for TRSD the cut trace, for LSP the kept tokens
+    labels              of the same length; -100 but at the tokens that are learnt, each predicted one position before
+    thinking_labels     alike: the reasoning shown, learnt by cross-entropy alone (TRSD with keep_thinking)
+    teacher_input_ids   what the teacher sees: for TRSD the whole trace
+    teacher_labels      of the length of teacher_input_ids; -100 but at the tokens that are learnt
+
+Labels are those of Hugging Face: not shifted. Student and teacher belong together by order: the k-th label of a row and
+the k-th of its teacher are one answer token at two places. So their states at these places, of a whole batch, row by
+row, are aligned, and that is all a loss needs (``row_loss.py``).
+
+Several cuts of a trace (``branches_per_trace``) are several rows. The trainer of this package runs what they share
+once; here each row runs all of its tokens, and its teacher's. The loss is the same.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from trsd.batching import Example
-from trsd.integrations.causal_lm import IGNORE, teacher_targets
+from trsd.batching import Branch, Example
+from trsd.errors import InputError
 from trsd.methods import Method
-from trsd.methods.lsp import LSP
 
-TEACHER_COLUMNS = ("teacher_input_ids", "teacher_labels", "teacher_attention_mask")
+IGNORE = -100
+Row = dict[str, list[int]]
+THINKING = "thinking_labels"
+CUT = "was it cut to a length by the trainer?"
 
 
-def cut_rows(method: Method, *, epoch: int = 0) -> Iterator[dict[str, list[int]]]:
-    """The rows of one epoch of ``method``: of every trace, or of every cut of it.
+def cut_rows(method: Method, *, epoch: int = 0, trace_indices: Sequence[int] | None = None) -> list[Row]:
+    """The rows of one epoch, ready for ``datasets.Dataset.from_list``.
 
     Args:
-        method: ``TRSD`` or ``LSP`` of ``trsd.methods``, or another of their protocol, with its traces.
-        epoch: cuts that are drawn are drawn anew in each.
+        method: ``trsd.methods.trsd.TRSD``, whose policy and ``branches_per_trace`` say where and how often each trace
+            is cut, or ``trsd.methods.lsp.LSP``.
+        epoch: whose cuts are drawn; of the same epoch always the same. Rows of several epochs may follow each other in
+            one data set, so that a trainer that repeats its data does not repeat its cuts.
+        trace_indices: of the traces wanted, in this order; None: all of them.
 
-    Yields:
-        ``input_ids``, ``labels`` and, of all but LSP, whose teacher reads what the student does,
-        ``teacher_input_ids`` and ``teacher_labels``. Equal cuts of one trace are as many equal rows.
+    Returns:
+        Rows, those of a trace one after the other.
     """
-    for index in range(len(method.traces)):
-        whole = None if isinstance(method, LSP) else method.teacher_example(index)
-        teacher = {} if whole is None else {f"teacher_{name}": ids for name, ids in _row(whole).items()}
+    indices = range(len(method.traces)) if trace_indices is None else trace_indices
+    found = []
+    for index in indices:
+        teacher = _teacher_columns(method.teacher_example(index))
         for example in method.examples([(epoch, index)]):
-            for row, count in _sequences(example):
-                yield from (row | teacher for _ in range(count))
+            found += [row | teacher for row in _rows(example)]
+    # A data set has the same columns in every row.
+    if any(THINKING in row for row in found):
+        found = [{THINKING: [IGNORE] * len(row["input_ids"])} | row for row in found]
+    return found
 
 
-def _sequences(example: Example) -> Iterator[tuple[dict[str, list[int]], int]]:
-    """Trunk and branches as sequences of their own, with how often each stands there."""
-    yield _row(example), example.count
-    for branch in example.branches:
-        ids = [*example.input_ids[: branch.cut], *branch.input_ids]
-        yield _row(Example(trace_index=example.trace_index, input_ids=ids, labels=branch.labels)), branch.count
+def _teacher_columns(example: Example) -> Row:
+    row = _row(example.input_ids, example.labels, example.rows)
+    return {f"teacher_{name}": row[name] for name in ("input_ids", "labels")}
 
 
-def _row(example: Example) -> dict[str, list[int]]:
-    """An example's sequence, with the last label as a token of its own, and its labels where they stand."""
-    ids = [*example.input_ids, example.labels[-1]]
-    first = len(example.input_ids) - len(example.labels)
-    rows = range(first, len(example.input_ids)) if example.rows is None else example.rows
-    labels = [IGNORE] * len(ids)
-    for row, label in zip(rows, example.labels, strict=True):
-        labels[row + 1] = label
-    return {"input_ids": ids, "labels": labels}
+def _rows(example: Example) -> Iterator[Row]:
+    """The example's own sequence and its branches', each as often as it counts."""
+    for segment in (example, *example.branches):
+        if isinstance(segment, Branch):
+            row = _row([*example.input_ids[: segment.cut], *segment.input_ids], segment.labels, None)
+            last = segment.cut
+        else:
+            row = _row(segment.input_ids, segment.labels, segment.rows)
+            last = len(segment.input_ids)
+        first = example.thinking_start + 1
+        if shown := example.thinking_labels[: max(0, last - first)]:
+            row[THINKING] = _placed(len(row["input_ids"]), range(first, first + len(shown)), shown)
+        yield from (dict(row) for _ in range(segment.count))
 
 
-@dataclass(frozen=True)
-class DistillCollator:
-    """Pads rows of ``cut_rows`` on the right to a batch of tensors, those of the teacher to a length of their own."""
+def _row(input_ids: Sequence[int], labels: Sequence[int], rows: Sequence[int] | None) -> Row:
+    """A sequence whose positions ``rows`` (None: the last ones) predict ``labels``, with its last label as a token."""
+    places = range(len(input_ids) - len(labels), len(input_ids)) if rows is None else rows
+    assert places[-1] == len(input_ids) - 1  # a method runs nothing behind the last position that learns
+    ids = [*input_ids, labels[-1]]
+    return {"input_ids": ids, "labels": _placed(len(ids), [place + 1 for place in places], labels)}
 
-    pad_token_id: int
-    """What stands at padding; nothing sees it."""
+
+def _placed(length: int, places: Sequence[int], labels: Sequence[int]) -> list[int]:
+    found = [IGNORE] * length
+    for place, label in zip(places, labels, strict=True):
+        found[place] = label
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutRowCollator:
+    """Pads rows on the right, student and teacher each to their own length, and checks that they still fit together.
+
+    The batch has every column of the rows, ``attention_mask`` and ``teacher_attention_mask``, all
+    [num_rows, num_tokens] int64. Trainers that drop columns their model does not know must be told not to: for Hugging
+    Face's, ``remove_unused_columns=False``.
+    """
+
+    pad_token_id: int = 0
+    """Any token: no mask lets it be seen."""
+    pad_to_multiple_of: int | None = None
+    """Round lengths up, for processors that like it."""
+    max_length: int | None = None
+    """Refuse longer rows, the teacher's too; they are never cut, for that would take the answer."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """[batch, length] ``input_ids``, ``labels`` and ``attention_mask``; with ``teacher_`` before them, if there."""
-        batch = self._padded(rows, "")
-        return batch | self._padded(rows, "teacher_") if "teacher_input_ids" in rows[0] else batch
+        """The batch of ``rows``.
 
-    def _padded(self, rows: Sequence[dict[str, Any]], who: str) -> dict[str, Tensor]:
-        lengths = [len(row[f"{who}input_ids"]) for row in rows]
+        Raises:
+            InputError: a row without a label, or whose columns do not fit together, such as one that a trainer cut.
+        """
+        for number, row in enumerate(rows):
+            _check(row, number)
+            longest = max(len(row["input_ids"]), len(row["teacher_input_ids"]))
+            if self.max_length is not None and longest > self.max_length:
+                raise InputError(
+                    f"row {number} of the batch has {longest} tokens, more than max_length {self.max_length}: raise "
+                    "it, or leave such traces out before cut_rows (Trace.num_tokens)"
+                )
+        batch = {}
+        for who in ("", "teacher_"):
+            ids = [row[f"{who}input_ids"] for row in rows]
+            batch[f"{who}input_ids"] = self._padded(ids, self.pad_token_id)
+            batch[f"{who}attention_mask"] = self._padded([[1] * len(row) for row in ids], 0)
+            batch[f"{who}labels"] = self._padded([row[f"{who}labels"] for row in rows], IGNORE)
+        if THINKING in rows[0]:
+            batch[THINKING] = self._padded([row[THINKING] for row in rows], IGNORE)
+        return batch
 
-        def padded(lists: Iterable[Sequence[int]], value: int) -> Tensor:
-            return torch.tensor([[*ids, *[value] * (max(lengths) - len(ids))] for ids in lists])
-
-        return {
-            f"{who}input_ids": padded((row[f"{who}input_ids"] for row in rows), self.pad_token_id),
-            f"{who}labels": padded((row[f"{who}labels"] for row in rows), IGNORE),
-            f"{who}attention_mask": padded(([1] * length for length in lengths), 0),
-        }
+    def _padded(self, lists: Sequence[Sequence[int]], value: int) -> Tensor:
+        longest = max(map(len, lists))
+        if self.pad_to_multiple_of:
+            longest += -longest % self.pad_to_multiple_of
+        return torch.tensor([[*row, *[value] * (longest - len(row))] for row in lists], dtype=torch.int64)
 
 
-def batch_targets(teacher: PreTrainedModel | None, batch: dict[str, Tensor]) -> dict[str, Any]:
-    """What ``teacher`` says of a batch of ``DistillCollator``, as arguments of ``forward_distill``."""
-    if teacher is None:
-        return {}
-    if "teacher_input_ids" not in batch:
-        return teacher_targets(teacher, batch["input_ids"], attention_mask=batch.get("attention_mask"))
-    return teacher_targets(
-        teacher,
-        batch["teacher_input_ids"],
-        batch["teacher_labels"],
-        attention_mask=batch.get("teacher_attention_mask"),
+def _check(row: dict[str, Any], number: int) -> None:
+    """Raise unless ``row`` is one that ``cut_rows`` made."""
+    wanted = ("input_ids", "labels", "teacher_input_ids", "teacher_labels")
+    if missing := [name for name in wanted if name not in row]:
+        raise InputError(
+            f"row {number} of the batch has no {', '.join(missing)}: expected a row of cut_rows; a trainer that drops "
+            "columns its model does not know must keep them (remove_unused_columns=False)"
+        )
+    lengths = {name: len(row[name]) for name in (*wanted, THINKING) if name in row}
+    pairs = (("labels", "input_ids"), (THINKING, "input_ids"), ("teacher_labels", "teacher_input_ids"))
+    for name, like in pairs:
+        if name in lengths and lengths[name] != lengths[like]:
+            raise InputError(f"row {number} of the batch has {lengths[name]} {name} for {lengths[like]} {like}: {CUT}")
+    learnt, taught = (
+        [label for label in row[name][1:] if label != IGNORE]  # nothing predicts a first token
+        for name in ("labels", "teacher_labels")
     )
+    if not learnt:
+        raise InputError(f"row {number} of the batch has no label to learn: {CUT}")
+    if learnt != taught:
+        raise InputError(
+            f"row {number} of the batch: the student learns {len(learnt)} tokens and the teacher has {len(taught)}, or "
+            f"other ones; expected the same tokens in the same order: {CUT}"
+        )

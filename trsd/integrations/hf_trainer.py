@@ -1,86 +1,126 @@
-"""Hugging Face ``Trainer`` with our loss: ``DistillTrainer(model, teacher=teacher, args=..., train_dataset=...)``.
+"""Hugging Face's ``Trainer`` on rows of ``cut_rows``, against a teacher: the step of this package's own trainer.
 
-Logits never exist, which is why this is a subclass and no ``compute_loss_func``: that one is given the logits of a
-whole batch. Rows hold ``input_ids`` and ``labels``; where the teacher reads something else than the student, also
-``teacher_input_ids`` and ``teacher_labels`` (``cut_rows.py`` makes both, and ``DistillCollator`` pads them).
+``DistillTrainer`` is ``transformers.Trainer``. A ``compute_loss_func`` would not do: it is given the logits of a whole
+batch, which here never exist. ``CutRowLoss`` is what makes it, and TRL's trainers (``trl_trainer.py``), learn rows.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from trsd.integrations.causal_lm import add_forward_distill, run_through
-from trsd.integrations.cut_rows import TEACHER_COLUMNS, batch_targets
+from trsd.errors import InputError
+from trsd.integrations.causal_lm import run_through
+from trsd.integrations.cut_rows import CutRowCollator
+from trsd.integrations.row_loss import RowCounts, RowLoss, TermMeans, row_counts
 
 
-class DistillLoss:
-    """What makes a ``Trainer``, or a subclass of it, distil: stands before it among the bases."""
+class CutRowLoss:
+    """What makes a ``Trainer``, or a subclass of it, learn rows; stands before it among the bases.
+
+    It logs ``cross_entropy``, ``divergence`` and ``thinking_cross_entropy``, each the mean over its tokens since the
+    last time, in all processes.
+    """
+
+    def learn_rows(
+        self, teacher_model: PreTrainedModel | None, thinking_weight: float, distill_options: dict[str, Any] | None
+    ) -> None:
+        """Take the teacher, at the end of the trainer's ``__init__``; arguments as in ``DistillTrainer``."""
+        refuse_shards(self)
+        if self.args.n_gpu > 1:
+            raise InputError("several GPUs in one process are not supported: start a process for each (torchrun)")
+        options = {"alpha": 1.0} | (distill_options or {})
+        self.row_loss = RowLoss(self.model, teacher_model, thinking_weight=thinking_weight, **options)
+        self.model_accepts_loss_kwargs = True  # the loss is normalised by the whole step, whatever the model's is
+        self._step_counts: RowCounts | None = None
+        self._means = {"train": TermMeans(), "eval": TermMeans()}
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The batches of an optimizer step and their labels' number; the counts of both terms are kept."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.zeros(2, dtype=torch.int64)
+        for batch in samples:
+            counts += torch.stack(row_counts(batch))
+        counts = counts.to(device)
+        if self.args.average_tokens_across_devices:
+            counts = self.accelerator.reduce(counts, "sum")
+        self._step_counts = RowCounts(*counts)
+        return samples, num_items
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The loss of one batch: of a step's in training, of its own tokens in evaluation."""
+        if return_outputs:
+            raise InputError("this trainer makes no logits: leave compute_metrics out, or set prediction_loss_only")
+        counts = self._step_counts if self.model.training else None
+        student = self.accelerator.unwrap_model(model)
+        terms = run_through(model, student, self.row_loss, student, inputs, counts)
+        self._means["train" if self.model.training else "eval"].add(terms, inputs, counts)
+        if counts is not None and self.args.average_tokens_across_devices:
+            return terms.loss * self.accelerator.num_processes  # DDP takes the mean over processes
+        return terms.loss
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """The loss of a batch to evaluate; there are no logits."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The trainer's own, with the terms of the loss."""
+        mode = "train" if self.model.training else "eval"
+        means = self._means[mode].take(lambda sums: self.accelerator.reduce(sums, "sum"))
+        prefix = "" if mode == "train" else "eval_"
+        logs.update({prefix + name: value for name, value in means.items()})  # also for metric_for_best_model
+        super().log(logs, start_time)
+
+
+class DistillTrainer(CutRowLoss, Trainer):
+    """``transformers.Trainer`` that learns rows of ``cut_rows`` from a teacher."""
 
     def __init__(
         self,
         model: PreTrainedModel,
-        *args: Any,
-        teacher: PreTrainedModel | None = None,
+        teacher_model: PreTrainedModel | None,
+        args: TrainingArguments | None = None,
+        *,
+        thinking_weight: float = 1.0,
         distill_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """As the trainer, and two more.
+        """Take what ``Trainer`` takes, and a teacher.
 
         Args:
             model: the student.
-            *args, **kwargs: of the trainer.
-            teacher: a causal LM, which is frozen and put on the student's device; None learns the labels alone.
-            distill_options: of ``DistillOptions``, such as ``{"alpha": 0.5}``; without a teacher alpha is 0.
+            teacher_model: of the student's tokenizer; None with ``distill_options={"alpha": 0}``.
+            args: as ever; columns of rows that the model does not know are kept.
+            thinking_weight: of the cross-entropy of rows' thinking labels.
+            distill_options: alpha, divergence, beta, temperature, ... of ``RowLoss``; by default the forward KL alone.
+            **kwargs: of ``Trainer``; ``train_dataset`` and ``eval_dataset`` hold rows of ``cut_rows``.
+
+        Raises:
+            InputError: a setting that would change the loss behind its back, or what ``RowLoss`` refuses.
         """
-        super().__init__(add_forward_distill(model), *args, **kwargs)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                "DataParallel copies models that have no forward_distill: start one process a GPU (torchrun)"
-            )
-        self.model_accepts_loss_kwargs = True  # it divides by the whole step's labels
-        self._loss_shifts_labels = True
-        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
-        self.distill_options = ({"alpha": 0.0} if teacher is None else {}) | (distill_options or {})
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = [*dict.fromkeys([*self._signature_columns, *TEACHER_COLUMNS])]
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch, divided by the labels of the whole optimizer step."""
-        student = self.accelerator.unwrap_model(model)
-        out = run_through(
-            model,
-            student,
-            "forward_distill",
-            inputs["input_ids"],
-            inputs["labels"],
-            attention_mask=inputs.get("attention_mask"),
-            num_items_in_batch=num_items_in_batch,
-            **batch_targets(self.teacher, inputs),
-            **self.distill_options,
-        )
-        loss = out.loss
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # the average over processes takes it back
-        return (loss, {"loss": loss, "divergence": out.divergence}) if return_outputs else loss
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor, None, None]:
-        """The loss of a batch to evaluate; there are no logits to return."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+        args = args or TrainingArguments()
+        if args.label_smoothing_factor > 0:
+            raise InputError("label_smoothing_factor: not part of distilling cut rows; leave it at its default")
+        args.remove_unused_columns = False
+        kwargs.setdefault("data_collator", CutRowCollator())
+        super().__init__(model, args, **kwargs)
+        self.learn_rows(teacher_model, thinking_weight, distill_options)
 
 
-class DistillTrainer(DistillLoss, Trainer):
-    """``Trainer`` whose loss is ``forward_distill`` against a frozen teacher, exact under gradient accumulation."""
+def refuse_shards(trainer: Trainer) -> None:
+    """Raise where weights are spread over processes."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.accelerator.parallelism_config is not None:
+        raise InputError("weights in shards are not supported here: train with DDP, or by torchrun -m trsd.train")

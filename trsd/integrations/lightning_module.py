@@ -1,102 +1,142 @@
-"""A ``LightningModule`` that distils: ``lightning.Trainer(...).fit(DistillModule(student, teacher), rows)``.
+"""A ``LightningModule`` that distils rows of ``cut_rows``, with the loss of this package's own trainer.
 
-Batches are those of ``cut_rows.DistillCollator``. Lightning averages micro-batches, whatever they hold; here their sums
-add up and are divided, before gradients are clipped, by the labels of all micro-batches and ranks of the step. So
-``accumulate_grad_batches`` and the number of devices change memory and never the loss.
+A batch of the DataLoader is one optimizer step. Lightning's ``accumulate_grad_batches`` would divide the loss of each
+micro-batch by their number, but the loss is a mean over the step's tokens, and thinking has a count of its own; no
+micro-batch knows either beforehand. So the module optimizes by itself: it counts the whole batch, over all ranks, and
+runs it ``micro_batch_size`` rows at a time. Their gradients add up to that of the whole batch, however unequal their
+numbers of tokens.
+
+``Trainer(accumulate_grad_batches=..., gradient_clip_val=...)`` are refused by Lightning for such a module: use the
+DataLoader's ``batch_size`` with ``micro_batch_size``, and ``max_grad_norm``. Runs on one device or by DDP.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trsd.integrations.causal_lm import add_forward_distill
-from trsd.integrations.cut_rows import batch_targets
+from trsd.errors import InputError
+from trsd.integrations.row_loss import RowCounts, RowLoss, TermMeans, row_counts
+from trsd.optim import build_optimizer
 
 try:
-    import lightning
+    from lightning import LightningModule
+    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 except ImportError:
-    raise ImportError("trsd.integrations.lightning_module needs Lightning: pip install 'trsd[integrations]'") from None
+    try:
+        from pytorch_lightning import LightningModule
+        from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+    except ImportError:
+        raise ImportError("trsd.integrations.lightning_module needs Lightning: pip install 'trsd[lightning]'") from None
 
 
-class DistillModule(lightning.LightningModule):
-    """Student, frozen teacher and the loss between them; only the student is trained, saved and counted."""
+class CutRowModule(LightningModule):
+    """A student that learns from a frozen teacher; batches are those of ``CutRowCollator``.
+
+    Its parameters, state and checkpoints are the student's alone, as ``student.*``. A checkpoint is loaded with
+    ``CutRowModule.load_from_checkpoint(path, student=..., teacher=...)``; ``module.student.save_pretrained`` writes a
+    Hugging Face folder.
+
+    Logged each step: loss, cross_entropy, divergence, thinking_cross_entropy and grad_norm. Of validation: the same
+    terms and the loss as ``val_*``, means over all its tokens.
+    """
 
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | None,
         *,
+        micro_batch_size: int | None = None,
         learning_rate: float = 1e-5,
         weight_decay: float = 0.0,
-        **distill_options: Any,
+        max_grad_norm: float = 1.0,
+        thinking_weight: float = 1.0,
+        **options: Any,
     ) -> None:
-        """Take the models and the loss.
+        """Take the models and the options of a run.
 
         Args:
-            student: a causal LM of transformers.
-            teacher: a causal LM, frozen here; None learns the labels alone.
-            learning_rate, weight_decay: of AdamW; override ``configure_optimizers`` for another optimizer.
-            **distill_options: of ``trsd_kernels.DistillOptions``; without a teacher alpha is 0.
+            student: trained, in place.
+            teacher: of the student's tokenizer; None with ``alpha`` 0.
+            micro_batch_size: rows that run together; None: all of a batch. Changes memory and speed, never the loss.
+            learning_rate, weight_decay: of AdamW; override ``configure_optimizers`` for another optimizer, or for a
+                scheduler, which is stepped once a batch.
+            max_grad_norm: to which the gradient is clipped; ``math.inf`` leaves it.
+            thinking_weight: of the cross-entropy of rows' thinking labels.
+            **options: of ``RowLoss``: alpha, divergence, beta, temperature, vocab_size, chunk_bytes, ...
+
+        Raises:
+            InputError: what ``RowLoss`` refuses, or sizes that are none.
         """
         super().__init__()
-        self.student = add_forward_distill(student)
-        # In a list, so that it is no part of the module: not trained, not saved, not sharded.
-        self._teacher = [] if teacher is None else [teacher.requires_grad_(False).eval()]
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise InputError(f"micro_batch_size: expected 1 or more rows, got {micro_batch_size}")
+        self.automatic_optimization = False
+        self.row_loss = RowLoss(student, teacher, thinking_weight=thinking_weight, **options)
+        self.student = student.train()
+        self.micro_batch_size, self.max_grad_norm = micro_batch_size, max_grad_norm
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.distill_options = ({"alpha": 0.0} if teacher is None else {}) | distill_options
-        self._step_items = torch.zeros(())
+        self._validated = TermMeans()
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The sum of the losses of a micro-batch's labels."""
-        out, items = self._loss(batch)
-        self._step_items = self._step_items.to(items.device) + items
-        if items:
-            self.log("train_loss", out.loss.detach() / items, prog_bar=True, batch_size=int(items))
-        return out.loss
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Log ``validation_loss``, the mean over all labels of the set."""
-        out, items = self._loss(batch)
-        if items:
-            self.log("validation_loss", out.loss / items, prog_bar=True, batch_size=int(items), sync_dist=True)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients by the labels of the whole step, where Lightning divided by micro-batches and ranks."""
-        items = self._step_items
-        if self.trainer.world_size > 1:
-            items = self.trainer.strategy.reduce(items, reduce_op="sum")
-        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / items.clamp(min=1)
-        for parameter in self._parameters_of(optimizer):
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
-        self._step_items = torch.zeros_like(items)
+    def configure_optimizers(self) -> Any:
+        """AdamW; matrices decay, norms and biases do not."""
+        return build_optimizer(self.student, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
 
     def on_fit_start(self) -> None:
-        """The teacher goes where the student is."""
-        for teacher in self._teacher:
-            teacher.to(self.device)
+        """Refuse what would not train as said."""
+        if not isinstance(self.trainer.strategy, DDPStrategy | SingleDeviceStrategy):
+            name = type(self.trainer.strategy).__name__
+            raise InputError(
+                f"strategy {name}: expected one device or DDP; for weights in shards torchrun -m trsd.train"
+            )
+        if self.trainer.precision == "16-mixed":
+            raise InputError("precision 16-mixed: its scaled gradients would be clipped; use bf16-mixed or 32")
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over what the student has to learn."""
-        learnt = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(learnt, lr=self.learning_rate, weight_decay=self.weight_decay)
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """One optimizer step on ``batch``."""
+        optimizer = self.optimizers()
+        counts = RowCounts(*self._over_ranks(torch.stack(row_counts(batch))))
+        optimizer.zero_grad()
+        totals = torch.zeros(4, device=self.device)
+        for rows in _micro_batches(batch, self.micro_batch_size):
+            terms = self.row_loss(self.student, rows, counts)
+            self.manual_backward(terms.loss * self.trainer.world_size)  # DDP takes the mean over ranks
+            totals += torch.stack(terms).detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.max_grad_norm)
+        optimizer.step()
+        self._step_schedulers()
+        names = ("loss", "cross_entropy", "divergence", "thinking_cross_entropy")
+        found = dict(zip(names, self._over_ranks(totals), strict=True)) | {"grad_norm": norm}
+        self.log_dict(found, prog_bar=True, batch_size=len(batch["labels"]))
 
-    def _loss(self, batch: dict[str, Tensor]) -> tuple[Any, Tensor]:
-        teacher = self._teacher[0] if self._teacher else None
-        out = self.student.forward_distill(
-            batch["input_ids"],
-            batch["labels"],
-            attention_mask=batch.get("attention_mask"),
-            reduction="sum",
-            **batch_targets(teacher, batch),
-            **self.distill_options,
-        )
-        return out, (batch["labels"][:, 1:] != -100).sum()
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Count the terms of ``batch``."""
+        self._validated.add(self.row_loss(self.student, batch), batch)
 
-    @staticmethod
-    def _parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-        for group in optimizer.param_groups:
-            yield from group["params"]
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all tokens of the epoch."""
+        means = self._validated.take(self._over_ranks)
+        means["loss"] = self.row_loss.of_means(**means)
+        self.log_dict({f"val_{name}": value for name, value in means.items()}, prog_bar=True)
+
+    def _over_ranks(self, values: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(values, reduce_op="sum")
+
+    def _step_schedulers(self) -> None:
+        schedulers = self.lr_schedulers() or []
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            scheduler.step()
+
+
+def _micro_batches(batch: Mapping[str, Tensor], size: int | None) -> Iterator[dict[str, Tensor]]:
+    """Some rows at a time, without the columns in which all of them are padding."""
+    for start in range(0, len(batch["labels"]), size or len(batch["labels"])):
+        rows = {name: column[start:][:size] for name, column in batch.items()}
+        for name in ("", "teacher_"):
+            longest = int(rows[f"{name}attention_mask"].sum(1).max())
+            for column in rows:
+                if column.startswith("teacher_") == bool(name):
+                    rows[column] = rows[column][:, :longest]
+        yield rows
