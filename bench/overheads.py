@@ -87,7 +87,7 @@ class Trainer:
             model,
             TeacherExamples(method),
             max_tokens_per_batch=RECIPE.max_tokens_per_batch,
-            backend=placement.attention_backend(model, branches=False),
+            backend=placement.attention_backend(model.config, branches=False),
         )
         build_hidden_cache(self.folder / "teacher", online, fingerprint={}, dtype=dtype)
         return HiddenCache(self.folder / "teacher", fingerprint={}, device=device)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trsd.errors import InputError
 from trsd.nf4 import to_nf4, whole_weight
@@ -69,6 +69,13 @@ def add_adapter(
     for parameter in model.parameters():
         if parameter.requires_grad:  # peft makes them in the precision of the layer, too coarse for small steps
             parameter.data = parameter.data.float()
+
+
+def check_adapter(config: Any, target_modules: Sequence[str]) -> None:
+    """Raise what ``add_adapter`` would of a model with ``config``, before its weights are read."""
+    _peft()
+    with torch.device("meta"):
+        _target_layers(AutoModelForCausalLM.from_config(config), target_modules)
 
 
 def adapter_options(recipe: Any) -> dict[str, Any]:

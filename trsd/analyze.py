@@ -23,7 +23,7 @@ from trsd.command import run_command
 from trsd.data import describe_drops
 from trsd.derivation_judge import DerivationJudge
 from trsd.errors import InputError
-from trsd.files import write_json, write_text
+from trsd.files import check_folder, write_json, write_text
 from trsd.metrics import progress_bar
 from trsd.models import load_for_decoding, load_tokenizer, model_folder, tokenizer_fingerprint
 from trsd.paths import resolve_bundled
@@ -81,6 +81,7 @@ def run(args: AnalyzeArguments) -> dict[str, Any]:
     for name in ("analysis.json", "analysis.md", "measures.jsonl"):
         if (args.output_dir / name).resolve() == Path(args.data).resolve():
             raise InputError(f"{args.output_dir / name} would overwrite the data: choose another output_dir")
+    check_folder(args.output_dir)
     judge = None
     if args.judge_url is not None:
         judge = DerivationJudge(url=args.judge_url, model=args.judge_model, timeout_seconds=args.judge_timeout)

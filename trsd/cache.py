@@ -5,15 +5,17 @@ and stops. ``trsd.train`` with the same flags finds them, in the same ``output_d
 build that was interrupted goes on when the command is given again.
 """
 
+import sys
 from pathlib import Path
 
 import torch
 
-from trsd.errors import InputError
+from trsd.errors import InputError, message_of
 from trsd.job import Job, with_teacher
+from trsd.memory import OutOfMemory, out_of_memory_says, turned_down
 from trsd.models import quieten_transformers
 from trsd.prepare import build_method, prepare_traces
-from trsd.prepare_teacher import cache_folder, describe_cache, prepare_teacher
+from trsd.prepare_teacher import describe_cache, prepare_teacher
 from trsd.ranks import refuse_ranks
 from trsd.recipe import Recipe
 from trsd.recipe_file import fail, parse_recipe, recipe_as_yaml
@@ -34,7 +36,7 @@ def cache(recipe: Recipe, name: str = "run") -> Path:
     if recipe.resume_from_checkpoint:
         raise InputError("resume_from_checkpoint: a cache is gone on with by itself: leave it out")
     recipe = with_output_dir(recipe, name)
-    with alone_in(Path(recipe.output_dir)):
+    with alone_in(Path(recipe.output_dir)), out_of_memory_says(turned_down(recipe)):
         return _cache(recipe)
 
 
@@ -48,7 +50,7 @@ def _cache(recipe: Recipe) -> Path:
         discard_unbegun(output_dir)
         raise
     prepare_teacher(job, method)
-    folder = cache_folder(job)
+    folder = job.cache_folder
     print(
         f"cache   {folder}: {describe_cache(job, folder)}\n"
         f"traces  {output_dir / 'traces'}\n"
@@ -68,7 +70,9 @@ def main(argv: list[str] | None = None) -> None:
         refuse_ranks("python -m trsd.cache")
         cache(recipe, name)
     except (InputError, OSError, ImportError) as error:
-        fail(str(error))
+        fail(message_of(error))
+    except OutOfMemory as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def open_reader(args: DecodingArguments) -> Reader:
     folder = model_folder(args.model)
     tokenizer = load_tokenizer(folder)
     think = ThinkFormat.of(tokenizer, closer=args.closer, open_tag=args.open_tag, close_tag=args.close_tag)
+    think.say_added_opener(tokenizer)
     return Reader(folder, tokenizer, think)
 
 

@@ -27,7 +27,7 @@ from trsd.decoding_arguments import DecodingArguments, open_decoder, open_reader
 from trsd.drafts import INSTRUCTION, draft_prompt_ids
 from trsd.errors import InputError
 from trsd.evaluation_table import table
-from trsd.files import write_json, write_text
+from trsd.files import check_folder, write_json, write_text
 from trsd.grading import check_grader, extract_answer, grade, has_format, last_boxed, num_undecided
 from trsd.metrics import progress_bar
 from trsd.plots import plot_curves
@@ -131,7 +131,7 @@ def _check_room(
     ``turn``: tokens that a draft takes beside the question and itself.
     """
     room = decoder.room(limits)
-    room = None if room is None else room - turn
+    room = None if room is None else max(0, room - turn)
     for question, prompt in zip(questions, prompts, strict=True):
         if room is not None and len(prompt) > room:
             raise InputError(
@@ -353,6 +353,7 @@ def run(args: EvaluateArguments) -> None:
         raise InputError(f"budgets: {found[0]}")
     loaded = load_data(args.data, tokenizer=reader.tokenizer, think=reader.think, max_rows=args.max_samples)
     questions = graded_questions(loaded)
+    check_grader(question.gold for question in questions)
     if drops := describe_drops(loaded.dropped):
         print(f"dropped: {drops}")
     result = {"model": args.model, "data": args.data, "engine": args.engine} | evaluate(
@@ -382,12 +383,7 @@ def _check_output(folder: Path) -> None:
     """Raise before any work when results could not be written, or would replace others."""
     if (folder / "evaluation.json").exists():
         raise InputError(f"output_dir: {folder} holds an evaluation already: choose another one, or move it away")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"output_dir: {folder} cannot be written to ({error})") from None
+    check_folder(folder)
 
 
 def _unused_with_responses(args: EvaluateArguments) -> list[str]:

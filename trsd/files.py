@@ -5,11 +5,11 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from trsd.errors import InputError
+from trsd.errors import InputError, message_of
 
 
 def write_text(path: Path, text: str) -> None:
@@ -30,6 +30,25 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def check_folder(folder: Path, name: str = "output_dir") -> None:
+    """Raise InputError, naming the flag ``name``, where no file could be made in ``folder``, which need not exist yet.
+
+    Leaves nothing behind.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    probe = folder / f".writable.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{name}: {folder} cannot be written to: {message_of(error)}") from None
+    finally:
+        for path in new:
+            with suppress(OSError):  # not made, or in use by now
+                path.rmdir()
 
 
 def sync(path: Path) -> None:

@@ -8,6 +8,32 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 Arguments = TypeVar("Arguments")
 _REGISTRY = ConstructorRegistry()
+NUMBERS = {int: "a whole number", float: "a number"}
+
+
+def _number(kind: type, word: str) -> Any:
+    """``word`` as an int or float, with an error that says what a number of that kind is."""
+    try:
+        return kind(word)
+    except ValueError:
+        raise ValueError(f"expected {NUMBERS[kind]}, got {word!r}") from None
+
+
+@_REGISTRY.primitive_rule
+def _one_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """``int``, ``float``, and what may be left out as ``None``."""
+    kinds = set(get_args(info.type)) or {info.type}
+    optional = type(None) in kinds
+    kind = next(iter(kinds - {type(None)}), None)
+    if len(kinds) != 1 + optional or kind not in NUMBERS:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{None}}|{kind.__name__.upper()}" if optional else kind.__name__.upper(),
+        instance_from_str=lambda words: None if optional and words == ["None"] else _number(kind, words[0]),
+        is_instance=lambda value: value is None if optional and value is None else isinstance(value, kind),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 @_REGISTRY.primitive_rule
@@ -19,7 +45,8 @@ def _comma_list(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     name = {str: "TEXT"}.get(item, item.__name__.upper())
 
     def parse(words: list[str]) -> tuple[Any, ...]:
-        return tuple(item(part.strip()) for part in words[0].split(",") if part.strip())
+        parts = [part.strip() for part in words[0].split(",") if part.strip()]
+        return tuple(part if item is str else _number(item, part) for part in parts)
 
     return PrimitiveConstructorSpec(
         nargs=1,

@@ -183,6 +183,8 @@ def run(args: GenerateArguments) -> None:
             raise InputError(f"{args.output} cannot be written: {error}\n{_kept(journal, wanted)}") from None
         if not kept:
             args.output.unlink()
+            if not any("trace" in row for _, row in journal.rows(list(wanted))):
+                journal.remove()  # or other settings would be refused for rows that nobody can use
             raise InputError(f"no trace is left; dropped: {describe_drops(dropped)}")
         journal.remove()
     print(f"{kept} traces in {args.output}, {time.perf_counter() - start:.0f} s")

@@ -1,6 +1,7 @@
 """What every stage of a run shares: recipe, folder, tokenizer, think format, models, device and precision."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from trsd.adapters import adapter_options, add_adapter, load_adapter
+from trsd.adapters import adapter_options, add_adapter, check_adapter, load_adapter
 from trsd.data import Question, describe_drops, load_data
 from trsd.decoding import Decoder
 from trsd.engines import Sampling, eos_ids_of
@@ -19,6 +20,7 @@ from trsd.engines.ranked import RankedEngine
 from trsd.errors import InputError
 from trsd.evaluate import graded_questions
 from trsd.grading import check_grader
+from trsd.memory import out_of_memory_says, refuse_too_large, warn_of_training
 from trsd.metrics import progress_bar
 from trsd.models import (
     check_same_tokenizer,
@@ -35,7 +37,8 @@ from trsd.parallel import check_ranks
 from trsd.placement import Placement
 from trsd.ranks import Ranks
 from trsd.recipe import Recipe
-from trsd.run import RECIPE_FILE
+from trsd.row_shards import MANIFEST
+from trsd.run import RECIPE_FILE, TEACHER
 from trsd.thinking import ThinkFormat, token_texts
 
 
@@ -79,6 +82,7 @@ class Job(Placement):
         super().__init__(recipe, *_configs(recipe, self.folders), device=_device())
         recipe = self.recipe
         check_ranks(self, self.ranks)
+        self._check_models()
         if recipe.lora_base == "nf4":
             require_bitsandbytes()
         optimizer_class(recipe.optim, on_gpu=self.device == "cuda")  # a missing package is said before any work
@@ -95,8 +99,24 @@ class Job(Placement):
         self.think = ThinkFormat.of(
             self.tokenizer, closer=recipe.closer, open_tag=recipe.open_tag, close_tag=recipe.close_tag
         )
+        self.think.say_added_opener(self.tokenizer)
         question = self.think.prompt_ids(self.tokenizer, [{"role": "user", "content": "?"}])
         self.check_ids([*question, *self.think.closer_ids, self.tokenizer.eos_token_id])
+
+    def _check_models(self) -> None:
+        """Raise for models that could not be loaded or trained, before any work is done for them."""
+        recipe, alone = self.recipe, self.ranks.size == 1
+        place = self.device if alone else "cpu"
+        dtype = self.reading_dtype if recipe.lora_rank else torch.float32
+        refuse_too_large(self.student_folder, dtype=dtype, device=place)
+        if recipe.alpha and not (self.cache_folder / MANIFEST).exists():
+            refuse_too_large(self.teacher_folder, dtype=self.reading_dtype, device=place)
+            self.attention_backend(self.teacher_config, branches=False)
+        self.attention_backend(self.student_config, branches=recipe.branches_per_trace > 1)
+        if alone:
+            warn_of_training(self.student_folder, recipe, device=self.device)
+        if recipe.lora_rank and not recipe.trust_remote_code:
+            check_adapter(self.student_config, recipe.lora_target_modules)
 
     def check_ids(self, ids: Iterable[int]) -> None:
         """Raise InputError for a token that student or teacher has no row for: tokenizers may know more than models."""
@@ -106,6 +126,11 @@ class Job(Placement):
                 f"and teacher have, while their tokenizer knows {len(self.tokenizer)}: give the tokenizer that the "
                 "models were trained with, or resize their embeddings"
             )
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where the recipe's teacher cache is, or will be."""
+        return Path(self.recipe.teacher_cache_dir or self.output_dir / TEACHER).absolute()
 
     @cached_property
     def texts(self) -> list[str]:
@@ -129,6 +154,13 @@ class Job(Placement):
         if drops := describe_drops(loaded.dropped):
             print(f"evaluation questions dropped: {drops}")
         questions = graded_questions(loaded)
+        limit = getattr(self.student_config.get_text_config(), "max_position_embeddings", None)
+        if limit and recipe.max_thinking_tokens + recipe.max_answer_tokens >= limit:
+            raise InputError(
+                f"max_thinking_tokens: {recipe.max_thinking_tokens} tokens of thinking and {recipe.max_answer_tokens} "
+                f"of answer leave no room for the questions of eval_data, the model's context holds {limit}: lower "
+                "max_thinking_tokens or max_answer_tokens"
+            )
         check_grader(question.gold for question in questions)
         return questions
 
@@ -176,6 +208,13 @@ class Job(Placement):
             progress=progress_bar(what),
             texts=self.texts,
         )
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Inside, a decoder may write: the precision of forward passes, and what to turn when memory runs out."""
+        size = self.recipe.generation_batch_size
+        with self.compute(), out_of_memory_says(f"lower --generation_batch_size (now {size}) or --max_thinking_tokens"):
+            yield
 
     def sampling(self) -> Sampling:
         """How traces and completions are drawn."""

@@ -66,7 +66,7 @@ class Loop:
         self.held_out = held_out
         self.stream = TraceStream(len(method.traces), batch_size=batch_size, seed=recipe.seed, held_out=held_out)
         self.num_steps = recipe.max_steps or math.ceil(recipe.num_train_epochs * self.stream.num_traces / batch_size)
-        self.backend = placement.attention_backend(model, branches=recipe.branches_per_trace > 1)
+        self.backend = placement.attention_backend(model.config, branches=recipe.branches_per_trace > 1)
         self.student = self._student()
         self.flops = FlopCounter(model)
         self.teacher_head = teacher.lm_head_weight.numel() if isinstance(teacher, OnlineTeacher | HiddenCache) else 0

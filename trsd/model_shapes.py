@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from trsd.errors import InputError
-from trsd.models import model_folder
+from trsd.models import model_folder, refuse_other_kinds
 
 
 def _qwen3(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, *, tied: bool) -> Qwen3Config:
@@ -88,7 +88,8 @@ def config_of(name_or_path: str) -> PreTrainedConfig:
     if name.lower() in known and not Path(name_or_path).is_dir():
         return SHAPES[known[name.lower()]]()
     try:
-        return AutoConfig.from_pretrained(model_folder(name_or_path), trust_remote_code=False)
+        folder = model_folder(name_or_path)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.7)
         hint = f"did you mean {known[near[0]]}? " if near else ""
@@ -96,3 +97,5 @@ def config_of(name_or_path: str) -> PreTrainedConfig:
         raise InputError(
             f"{name_or_path}: {hint}no known shape ({', '.join(SHAPES)}), and no model: {reason}"
         ) from error
+    refuse_other_kinds(config, folder)
+    return config

@@ -19,9 +19,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
 from trsd.errors import InputError
+from trsd.memory import refuse_too_large
 from trsd.paths import resolve_bundled
 from trsd_kernels import AttentionRequest, PackedLayout, choose_backend, packed_layout, varlen_attention
 
@@ -47,8 +49,10 @@ def model_folder(name_or_path: str) -> Path:
     try:
         return Path(snapshot_download(name_or_path, allow_patterns=list(WEIGHT_PATTERNS)))
     except Exception as error:
+        reason = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"{name_or_path} is no local model folder and could not be fetched from the hub ({error})"
+            f"{name_or_path} is no local model folder and could not be fetched from the hub ({reason}); where there is "
+            "no network, give the folder of a model that was downloaded elsewhere"
         ) from error
 
 
@@ -59,11 +63,35 @@ def quieten_transformers() -> None:
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The folder's config."""
+    """The folder's config; refuses models that do not continue text."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError) as error:
-        raise InputError(f"the config of {folder} cannot be read: {error}") from error
+        reason = " ".join(str(error).partition("\n\n")[0].split())
+        raise InputError(f"the config of {folder} cannot be read: {reason}") from error
+    refuse_other_kinds(config, folder)
+    return config
+
+
+# What encoders, classifiers and reward models are called in a config.
+OTHER_HEADS = ("MaskedLM", "PreTraining", "Classification", "QuestionAnswering", "MultipleChoice", "RewardModel")
+
+
+def refuse_other_kinds(config: Any, folder: Path | str) -> None:
+    """Raise InputError for a model that does not continue text from left to right, before its weights are read."""
+    named = [str(name) for name in getattr(config, "architectures", None) or []]
+    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if getattr(config, "is_encoder_decoder", False):
+        kind = "an encoder and a decoder"
+    elif named and all(name.endswith(OTHER_HEADS) for name in named):
+        kind = f"a model of kind {named[0]}, which does not write text"
+    elif not own and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = f"a model of kind {config.model_type}, which transformers cannot let write text"
+    else:
+        return
+    raise InputError(
+        f"{folder} holds {kind}: expected a decoder-only language model that continues text, such as Qwen3 or Llama"
+    )
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -72,6 +100,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError) as error:
         raise InputError(f"the tokenizer of {folder} cannot be loaded: {error}") from error
+    if not tokenizer("A question?", add_special_tokens=False).input_ids:  # transformers makes one of nothing
+        raise InputError(
+            f"{folder} holds no tokenizer: copy tokenizer.json and tokenizer_config.json of the model there"
+        )
     ending = turn_end(tokenizer)
     if ending is not None and ending != tokenizer.eos_token:
         # Base models often name another EOS than the chat template writes, and would never be seen to stop.
@@ -105,6 +137,8 @@ def turn_end(tokenizer: Any) -> str | None:
 
 def load_model(folder: Path, *, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The folder's causal language model, ready for packed rows; refuses what the loss or packing would get wrong."""
+    load_config(folder, trust_remote_code=trust_remote_code)
+    refuse_too_large(folder, dtype=dtype, device=device)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -224,7 +258,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     config, name = model.config.get_text_config(), type(model).__name__
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
-        raise InputError(f"{name}: expected an lm_head without bias")
+        raise InputError(f"{name}: expected an lm_head without bias, which the loss takes: choose another architecture")
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{name}: expected a decoder-only model")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention", "sliding_attention"}

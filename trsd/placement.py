@@ -5,7 +5,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from trsd.models import packed_attention_backend
 from trsd.recipe import Recipe
@@ -44,10 +43,10 @@ class Placement:
         """Of weights that are only read, and so of a teacher's hidden states."""
         return torch.bfloat16 if self.bf16 else torch.float32
 
-    def attention_backend(self, model: PreTrainedModel, *, branches: bool) -> str:
-        """The attention back end of the recipe for rows of ``model``."""
+    def attention_backend(self, config: Any, *, branches: bool) -> str:
+        """The attention back end of the recipe for rows of a model with ``config``."""
         return packed_attention_backend(
-            model.config,
+            config,
             self.recipe.attn_implementation,
             device=self.device,
             dtype=self.reading_dtype,

@@ -15,7 +15,7 @@ from typing import get_args, get_type_hints
 import torch
 
 from trsd.ceilings import Ceilings, known, known_device, measure
-from trsd.errors import InputError
+from trsd.errors import InputError, message_of
 from trsd.flags import parse_flags
 from trsd.model_shapes import SHAPES
 from trsd.models import quieten_transformers
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         print(report(run(arguments, recipe)))
     except (InputError, OSError, ImportError) as error:
-        fail(str(error))
+        fail(message_of(error))
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def _given_traces(job: Job) -> tuple[list[Trace], Counter[str]]:
     )
     traces, dropped = loaded.traces, loaded.dropped
     if loaded.questions:
-        with job.compute():
+        with job.generating():
             traces, unusable = generate_traces(
                 job.decoder(job.teacher(), "traces", job.sampling(), alone=recipe.method == "palign"),
                 loaded.questions,
@@ -176,7 +176,7 @@ def sufficient_prefixes(job: Job, traces: Sequence[Trace]) -> list[Prefix]:
     start = time.perf_counter()
     ledger = Ledger(job.output_dir / "traces" / "judgements.jsonl")
     ends = [sentence_token_ends(trace.reasoning_ids, job.texts) for trace in traces]
-    with job.compute():
+    with job.generating():
         prefixes = find_prefixes(traces, _student_judge(job), ends, ledger=ledger)
     found = summarize_prefixes(prefixes)
     write_json(job.output_dir / "traces" / "prefixes.json", vars(found))
@@ -189,7 +189,7 @@ def sufficient_prefixes(job: Job, traces: Sequence[Trace]) -> list[Prefix]:
 def _completed(job: Job, traces: list[Trace]) -> tuple[list[Trace], Counter[str]]:
     """(completed traces, dropped by reason): what P-ALIGN learns."""
     recipe, prefixes = job.recipe, sufficient_prefixes(job, traces)
-    with job.compute():
+    with job.generating():
         completed, dropped = complete_prefixes(
             job.decoder(job.reader(job.student_folder), "completions", job.sampling(), alone=True),
             traces,

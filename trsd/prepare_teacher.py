@@ -24,7 +24,6 @@ from trsd.models import logit_options, tokenizer_fingerprint, weights_fingerprin
 from trsd.parallel import shard_teacher
 from trsd.recipe import ONLINE
 from trsd.row_shards import MANIFEST, building_folder
-from trsd.run import TEACHER
 from trsd.teacher_cache import (
     HiddenCache,
     TopKCache,
@@ -51,7 +50,7 @@ def prepare_teacher(job: Job, method: Method) -> Teacher | None:
     examples = TeacherExamples(method)
     if recipe.teacher in ONLINE:
         return _online_teacher(job, examples, sharded=job.ranks.size > 1)
-    folder, fingerprint = cache_folder(job), _fingerprint(job, examples)
+    folder, fingerprint = job.cache_folder, _fingerprint(job, examples)
     with job.ranks.main_first():
         if job.ranks.is_main and not (folder / MANIFEST).exists():
             start = time.perf_counter()
@@ -72,11 +71,6 @@ def student_as_teacher(job: Job, student: PreTrainedModel, method: Method) -> Te
     if recipe.alpha == 0 or recipe.teacher != "adapter_off":
         return None
     return AdapterOffTeacher(student, TeacherExamples(method), **_running(job, student, sharded=job.ranks.size > 1))
-
-
-def cache_folder(job: Job) -> Path:
-    """Where the recipe's cache is, or will be."""
-    return Path(job.recipe.teacher_cache_dir or job.output_dir / TEACHER).absolute()
 
 
 def describe_cache(job: Job, folder: Path) -> str:
@@ -156,6 +150,6 @@ def _running(job: Job, model: PreTrainedModel, *, sharded: bool) -> dict[str, An
     """How a teacher runs its examples."""
     return {
         "max_tokens_per_batch": job.recipe.max_tokens_per_batch,
-        "backend": job.attention_backend(model, branches=False),
+        "backend": job.attention_backend(model.config, branches=False),
         "ranks": job.ranks if sharded else None,
     }

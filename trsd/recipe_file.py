@@ -36,7 +36,7 @@ def _as_flags(values: dict[str, Any], path: Path) -> tuple[list[str], dict[str, 
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(known)}"
+            hint = f"; did you mean {near[0]}?" if near else "; python -m trsd.train --help names them all"
             fail(f"{path}: unknown key {key!r}{hint}")
         if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, list | dict) for v in value)):
             fail(f"{path}: {key}: expected a plain value, got {value!r}")

@@ -5,8 +5,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -70,12 +70,18 @@ def with_output_dir(recipe: Recipe, name: str) -> Recipe:
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Be the one process that works in the run folder ``folder``; InputError when another does."""
+    new = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with exclusively(
-        folder.with_name(f".{folder.name}.run.lock"),
-        f"another process works in output_dir {folder}: choose another one, or wait until it has ended",
-    ):
-        yield
+    try:
+        with exclusively(
+            folder.with_name(f".{folder.name}.run.lock"),
+            f"another process works in output_dir {folder}: choose another one, or wait until it has ended",
+        ):
+            yield
+    finally:
+        for parent in new:  # those in which nothing was kept
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def open_run(recipe: Recipe) -> tuple[Recipe, Path, Path | None]:
@@ -93,7 +99,12 @@ def open_run(recipe: Recipe) -> tuple[Recipe, Path, Path | None]:
     if recipe.resume_from_checkpoint:
         print(f"note: {folder} holds no run to resume: one begins there", file=sys.stderr)
     begun = {path.name for path in folder.iterdir()} - NOT_YET_BEGUN if folder.exists() else set()
-    if begun - PREPARED or (begun and not (folder / RECIPE_FILE).exists()):
+    if begun and not (folder / RECIPE_FILE).exists():
+        raise InputError(
+            f"output_dir {folder} already holds other files, such as {min(begun)}: choose another one, which need not "
+            "exist yet"
+        )
+    if begun - PREPARED:
         raise InputError(
             f"output_dir {folder} already holds a run: choose another one, or go on with it by "
             "--resume_from_checkpoint latest"
@@ -103,8 +114,12 @@ def open_run(recipe: Recipe) -> tuple[Recipe, Path, Path | None]:
             f"output_dir {folder} was prepared under another recipe ({changed}): choose another one; targets can be "
             "shared by --teacher_cache_dir, traces by --data of their file"
         )
-    write_text(folder / RECIPE_FILE, recipe_as_yaml(recipe))
-    write_json(folder / ENVIRONMENT_FILE, environment())
+    try:
+        write_text(folder / RECIPE_FILE, recipe_as_yaml(recipe))
+        write_json(folder / ENVIRONMENT_FILE, environment())
+    except OSError:
+        discard_unbegun(folder)
+        raise
     return recipe, folder, None
 
 
@@ -113,9 +128,9 @@ def _is_new(recipe: Recipe, folder: Path) -> bool:
     return recipe.resume_from_checkpoint == "latest" and not (folder.exists() and any(folder.iterdir()))
 
 
-def discard_unbegun(folder: Path) -> None:
-    """Remove the folder of a run whose input was refused before anything was made."""
-    if folder.exists() and not {path.name for path in folder.iterdir()} - NOT_YET_BEGUN:
+def discard_unbegun(folder: Path, files: Collection[str] = NOT_YET_BEGUN) -> None:
+    """Remove the folder of a run whose input was refused before anything was made: there are ``files`` alone."""
+    if folder.exists() and not {path.name for path in folder.iterdir()} - set(files):
         shutil.rmtree(folder)
 
 

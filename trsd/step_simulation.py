@@ -80,7 +80,7 @@ class MetaPlacement(Placement):
         super().__init__(recipe, student_config, teacher_config, device="meta", target=target)
         self.target = target
 
-    def attention_backend(self, model: PreTrainedModel, *, branches: bool) -> str:
+    def attention_backend(self, config: Any, *, branches: bool) -> str:
         return "sdpa" if self.target == "cpu" else "triton"
 
     def compute(self) -> AbstractContextManager[Any]:
@@ -132,7 +132,7 @@ class _Simulation:
         examples = TeacherExamples(method)
         running = {
             "max_tokens_per_batch": recipe.max_tokens_per_batch,
-            "backend": placement.attention_backend(self.student, branches=False),
+            "backend": placement.attention_backend(self.student.config, branches=False),
         }
         if recipe.teacher == "adapter_off":
             return AdapterOffTeacher(self.student, examples, **running), 0

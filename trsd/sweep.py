@@ -19,10 +19,11 @@ from typing import Any
 import yaml
 
 from trsd.engines import Sampling
-from trsd.errors import InputError
+from trsd.errors import InputError, message_of
 from trsd.evaluate import evaluate
 from trsd.files import write_json, write_text
 from trsd.job import Job
+from trsd.memory import OutOfMemory
 from trsd.methods.lsp import learnable
 from trsd.metrics import read_metrics
 from trsd.models import quieten_transformers
@@ -30,11 +31,12 @@ from trsd.prepare import sections, share_traces
 from trsd.ranks import refuse_ranks
 from trsd.recipe import Recipe
 from trsd.recipe_file import fail, names_a_job, parse_recipe, recipe_as_yaml
-from trsd.run import FREE_TO_CHANGE, RECIPE_FILE
+from trsd.run import FREE_TO_CHANGE, RECIPE_FILE, discard_unbegun
 from trsd.sweep_report import write_sweep
 from trsd.truncation import SIDES, build_truncation
 
 FRACTIONS = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1.0"
+SWEEP = "sweep.yaml"
 TOTALS = "totals.json"
 EVALUATION = "evaluation.json"
 
@@ -76,7 +78,7 @@ def run_recipe(recipe: Recipe, setting: Setting, folder: Path, traces: Path) -> 
 
 def check_same_sweep(recipe: Recipe, output_dir: Path) -> None:
     """Raise when ``output_dir`` holds a sweep of another recipe or data; else keep the recipe there."""
-    path = output_dir / "sweep.yaml"
+    path = output_dir / SWEEP
     if path.exists():
         _refuse_changes(path, replace(recipe, keep_fraction=None, keep_side="left"))
     write_text(path, recipe_as_yaml(replace(recipe, keep_fraction=None, keep_side="left")))
@@ -129,7 +131,7 @@ class Evaluator:
             return result
         recipe, job = self.job.recipe, self.job
         decoder = job.decoder(job.reader(model_folder), f"evaluate {path.parent.name}", self.sampling)
-        with job.compute():
+        with job.generating():
             result = evaluate(
                 decoder,
                 self.questions,
@@ -184,12 +186,15 @@ def sweep(
         raise InputError("teacher_cache_dir: every fraction has targets of its own: leave it out of a sweep")
     if recipe.eval_data is None:
         raise InputError("a sweep needs eval_data: questions with reference answers")
-    output_dir.mkdir(parents=True, exist_ok=True)
     job = Job(replace(recipe, output_dir=str(output_dir)), output_dir)
     evaluator = Evaluator(job, num_samples=num_samples, sampling=sampling or Sampling())
     check_same_sweep(recipe, output_dir)
+    try:
+        traces, shared = share_traces(job, output_dir)
+    except (InputError, OSError, ImportError):
+        discard_unbegun(output_dir, {SWEEP})
+        raise
     before = evaluator(job.student_folder, output_dir / "before" / EVALUATION)
-    traces, shared = share_traces(job, output_dir)
     points = []
     for number, setting in enumerate(settings, start=1):
         folder = output_dir / setting.name
@@ -256,7 +261,9 @@ def main(argv: list[str] | None = None) -> None:
         refuse_ranks("python -m trsd.sweep")
         sweep(recipe, own.output_dir, settings, num_samples=own.num_samples, sampling=sampling)
     except (InputError, OSError, ImportError) as error:
-        fail(str(error))
+        fail(message_of(error))
+    except OutOfMemory as error:
+        sys.exit(f"error: {error}")
     print(f"written to {own.output_dir}: sweep.md, sweep.png, sweep.json")
 
 

@@ -8,6 +8,7 @@ A cut trace is ``prompt | reasoning[:cut] | closer | answer``. The closer is one
 evaluation and serving; presets below. Tags may be single special tokens (Qwen3) or several ordinary ones.
 """
 
+import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,6 +86,15 @@ class ThinkFormat:
     def opener(self) -> str:
         """What a prompt ends with."""
         return _layout(self.open_tag)[0]
+
+    def say_added_opener(self, tokenizer: Any) -> None:
+        """Say on stderr that the chat template does not know the opener, for such a model may not know to think."""
+        if tokenizer.chat_template is not None and self.open_tag not in str(tokenizer.chat_template):
+            print(
+                f"note: the chat template does not mention {self.open_tag}: it is added to every prompt. A model that "
+                "was not taught to think may never close it: it needs traces that another model wrote",
+                file=sys.stderr,
+            )
 
     def prompt_ids(self, tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
         """Chat messages as token ids that end with the opener, which is added when the template leaves it out.

@@ -17,6 +17,7 @@ from trsd.errors import InputError
 
 ROWS_PER_GROUP = 1024  # of a parquet file, held in memory together
 FILE_TYPES = (".jsonl", ".json", ".parquet")
+MEND = "mend or remove this line"
 ID_FIELDS = ("prompt_ids", "reasoning_ids", "close_ids", "answer_ids")
 
 
@@ -146,6 +147,8 @@ def read_traces(path: Path, *, tokenizer_fingerprint: str) -> list[Trace]:
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(``file:row``, row) for every row of a .jsonl or .parquet file; a row that is no JSON object raises."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: expected a .jsonl or .parquet file")
     if not path.is_file():
         raise FileNotFoundError(f"no data file at {path}: check the path (it is taken relative to the current folder)")
     if path.suffix == ".parquet":
@@ -166,11 +169,13 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 row = json.loads(text) if text.strip() else None
             except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, endless numbers or brackets
-                raise InputError(f"{where}: not a JSON row in UTF-8 ({error}); mend or remove this line") from None
+                whole = line.lstrip()[:1] in (b"[", b"{") and number == 1 and line.strip()[-1:] in b"[{,"
+                hint = "is the file one JSON document? Write one object a line (JSON Lines)" if whole else MEND
+                raise InputError(f"{where}: not a JSON row in UTF-8 ({error}); {hint}") from None
             if row is None:
                 continue
             if not isinstance(row, dict):
-                raise InputError(f"{where}: expected a JSON object, got {type(row).__name__}")
+                raise InputError(f"{where}: expected a JSON object, got {type(row).__name__}: write one object a line")
             yield where, row
 
 

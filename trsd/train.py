@@ -22,13 +22,14 @@ from transformers import PreTrainedModel
 from trsd.batching import Example
 from trsd.checkpoint import Checkpointer, SaveError, load_state
 from trsd.checkpoint_folders import TRAINER, best_checkpoint
-from trsd.errors import InputError
+from trsd.errors import InputError, message_of
 from trsd.evaluate import evaluate, table
 from trsd.files import write_json
 from trsd.guards import NonFiniteError
 from trsd.interruption import Interrupted, Interruption
 from trsd.job import Job, with_teacher
 from trsd.loop import Loop
+from trsd.memory import OutOfMemory, out_of_memory_says, turned_down
 from trsd.methods import Method
 from trsd.metrics import MetricsLog, progress_bar, say, step_line
 from trsd.model_card import ModelCard
@@ -58,7 +59,7 @@ def evaluate_student(
     if job.ranks.told(path.exists()):
         return json.loads(path.read_text())
     start = time.perf_counter()
-    with job.compute():
+    with job.generating():
         result = evaluate(
             job.decoder(model or job.reader(folder), f"evaluate {name}"),
             job.evaluation_questions,
@@ -177,7 +178,8 @@ def train(
 def run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) -> Path:
     """A whole run; returns its folder. Raises InputError or OSError for input that cannot be used."""
     recipe = ranks.told(with_output_dir(with_teacher(recipe), name) if ranks.is_main else None)
-    with alone_in(Path(recipe.output_dir)) if ranks.is_main else nullcontext():
+    alone = alone_in(Path(recipe.output_dir)) if ranks.is_main else nullcontext()
+    with alone, out_of_memory_says(turned_down(recipe)):
         return _run(recipe, name, ranks, interruption)
 
 
@@ -259,8 +261,8 @@ def _run_guarded(recipe: Recipe, name: str) -> None:
         with Interruption() as interruption, open_ranks(recipe.timeout_seconds) as ranks:
             run(recipe, name, ranks, interruption)
     except (InputError, OSError, ImportError) as error:
-        fail(str(error))
-    except NonFiniteError as error:
+        fail(message_of(error))
+    except (NonFiniteError, OutOfMemory) as error:
         sys.exit(f"error: {error}")
     except Interrupted as interrupted:
         print(f"ended by {interrupted.name}; --resume_from_checkpoint latest goes on", file=sys.stderr)

@@ -12,9 +12,19 @@ from trsd_kernels.row_state import MAX_VOCAB_SIZE
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def check_tensors(**values: object) -> None:
+    """Every value given is a tensor, or None."""
+    for name, value in values.items():
+        if value is None or isinstance(value, Tensor):
+            continue
+        hint = "pass its .weight" if isinstance(getattr(value, "weight", None), Tensor) else "torch.as_tensor makes one"
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__} ({hint})")
+
+
 def check_hidden_and_weight(hidden_states: Tensor, lm_head_weight: Tensor, *, who: str) -> None:
     """``hidden_states`` [num_tokens, hidden_size] and ``lm_head_weight`` [vocab_size, hidden_size] must multiply."""
     for name, tensor in ((f"{who}_hidden_states", hidden_states), (f"{who}_lm_head_weight", lm_head_weight)):
+        check_tensors(**{name: tensor})
         if tensor.ndim != 2:
             hint = " (flatten batch and sequence first: x.flatten(0, -2))" if tensor.ndim > 2 else ""
             raise ValueError(f"{name}: expected two dimensions, got shape {tuple(tensor.shape)}{hint}")
@@ -34,6 +44,7 @@ def check_hidden_and_weight(hidden_states: Tensor, lm_head_weight: Tensor, *, wh
 
 def check_logits(student_logits: Tensor, teacher_logits: Tensor | None) -> None:
     """Two floating [num_tokens, vocab_size] tensors of one shape; the teacher's may be absent."""
+    check_tensors(student_logits=student_logits, teacher_logits=teacher_logits)
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if logits is None:
             continue
@@ -74,7 +85,8 @@ def check_bias(bias: Tensor | None, *, vocab_size: int, who: str) -> None:
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
-    """All tensors given must live on one device."""
+    """All tensors given must be tensors, on one device."""
+    check_tensors(**tensors)
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(devices.values())) > 1:
         listing = ", ".join(f"{name} on {device}" for name, device in devices.items())
@@ -115,6 +127,7 @@ def check_token_weights(token_weights: Tensor, *, num_tokens: int) -> None:
 
 def check_cu_seqlens(cu_seqlens: Tensor, *, total_tokens: int | None = None) -> list[int]:
     """``cu_seqlens`` int32 [num_seqs + 1], from 0 to ``total_tokens``, never decreasing; returns it as a list."""
+    check_tensors(cu_seqlens=cu_seqlens)
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens: expected shape [num_seqs + 1] with num_seqs >= 1, got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype != torch.int32:
@@ -181,7 +194,7 @@ def check_distillation_inputs(
     token_weights: Tensor | None,
     options: DistillOptions,
 ) -> None:
-    """Raise ValueError for anything that could only give a wrong number later; looks at no data."""
+    """Raise for anything that could only give a wrong number later; looks at no data."""
     check_hidden_and_weight(student_hidden_states, student_lm_head_weight, who="student")
     num_tokens, vocab_size = student_hidden_states.shape[0], student_lm_head_weight.shape[0]
     check_vocab_size(vocab_size, "student_lm_head_weight")

@@ -135,7 +135,7 @@ def fused_linear_distillation(
 
     Raises:
         ValueError: a shape, dtype, device, vocabulary or range that does not fit, with what to do.
-        TypeError: a keyword that is no option.
+        TypeError: a keyword that is no option, or what should be a tensor is none.
         RuntimeError: a second or a forward-mode derivative.
     """
     settings = DistillOptions(**options)

@@ -154,7 +154,7 @@ def fused_distillation(
     Raises:
         ValueError: a shape, dtype, device or range that does not fit, with what to do. Inside torch.compile a label
             out of range shows as a NaN loss instead.
-        TypeError: a keyword that is no option.
+        TypeError: a keyword that is no option, or what should be a tensor is none.
     """
     settings = DistillOptions(**options)
     refuse_forward_mode(student_logits, teacher_logits)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trsd_kernels.attention_backends import BACKENDS, AttentionRequest, choose_backend
-from trsd_kernels.checks import check_attention
+from trsd_kernels.checks import check_attention, check_tensors
 from trsd_kernels.layout import PackedLayout, layout_of
 
 _SAID: set[tuple[str, bool, str]] = set()
@@ -60,6 +60,12 @@ def varlen_attention(
     """
     if (cu_seqlens_q is None) == (layout is None):
         raise ValueError("expected cu_seqlens_q or layout, one of them")
+    check_tensors(query=query, key=key, value=value)
+    if query.ndim != 3:
+        raise ValueError(
+            f"query: expected [total_tokens, num_heads, head_dim], got {tuple(query.shape)}: the sequences of a batch "
+            "stand one after the other, without a batch dimension"
+        )
     layout = layout or layout_of(cu_seqlens_q, total_tokens=query.shape[0])
     query, key, value = _autocast(query, key, value)
     check_attention(query, key, value, num_tokens=layout.num_tokens, device=layout.device)
