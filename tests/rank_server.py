@@ -19,7 +19,7 @@ from pathlib import Path
 import torch.distributed.checkpoint as dcp
 from forked import run_and_exit
 
-from trsd import checkpoint, prepare, train
+from trsd import checkpoint, prepare, train, training
 from trsd.checkpoint import Checkpointer
 from trsd.interruption import SAME_SECONDS
 from trsd.loop import Loop
@@ -68,7 +68,7 @@ def full_disk():
 def other_traces():
     """Let rank 1 see another file than rank 0."""
     if os.environ.get("RANK") == "1":
-        train.file_sha256 = lambda path: "another"
+        training.file_sha256 = lambda path: "another"
 
 
 def no_folder():
@@ -89,7 +89,7 @@ ELSEWHERE = {
     "full disk": full_disk,
     "other traces": other_traces,
     "hang up in a save": lambda: signalled(Checkpointer, "save", signal.SIGHUP),
-    "term in evaluation": lambda: signalled(train, "evaluate"),
+    "term in evaluation": lambda: signalled(training, "evaluate"),
     "interrupt in generation": lambda: signalled(prepare, "generate_traces", signal.SIGINT),
     "term in a save": lambda: signalled(Checkpointer, "save"),
 }

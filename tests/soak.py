@@ -25,7 +25,7 @@ from forked import run_and_exit
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from trsd import train
+from trsd import train, training
 from trsd.checkpoint import Checkpointer
 from trsd.checkpoint_folders import checkpoints, newest_whole, step_of, sweep
 from trsd.manifest import verify
@@ -33,7 +33,7 @@ from trsd.optim import build_optimizer
 from trsd.thinking import ThinkFormat
 from trsd.traces import write_traces
 
-REASONER = Path(train.__file__).parent / "demo" / "reasoner"
+REASONER = Path(training.__file__).parent / "demo" / "reasoner"
 NUM_STEPS = 12
 WITHIN_A_SAVE = 0.06  # seconds; about as long as one takes
 

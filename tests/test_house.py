@@ -50,7 +50,7 @@ def test_the_trainer_imports_without_its_optional_packages():
     names = ["vllm", "flash_attn", "liger_kernel", "datasets", "pyarrow", "math_verify", "wandb", "kneed", "peft"]
     block = f"import sys; sys.modules.update(dict.fromkeys({names!r})); "
     result = run_python(
-        block + "import trsd.train, trsd.evaluate, trsd.generate, trsd.report, trsd.sweep, trsd.analyze",
+        block + "import trsd.training, trsd.evaluate, trsd.generate, trsd.report, trsd.sweep, trsd.analyze",
         PYTHONPATH=".:kernels",
     )
     assert result.returncode == 0, result.stderr

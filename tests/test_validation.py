@@ -11,7 +11,7 @@ from conftest import losses, make_traces, refusal
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from trsd import train
+from trsd import training
 from trsd.batching import Example, TraceStream
 from trsd.checkpoint_folders import checkpoints
 from trsd.cuts import build_policy
@@ -176,7 +176,7 @@ def test_resume_with_validation_is_bit_exact(run, tmp_path):
 
 def test_the_checkpoint_of_the_least_loss_is_named_and_kept(run, monkeypatch, capsys):
     given = iter([0.5, 0.25, 0.75, 1.0])
-    monkeypatch.setattr(train, "validation_loss", lambda loop: next(given))
+    monkeypatch.setattr(training, "validation_loss", lambda loop: next(given))
     folder = run(validation_samples=3, save_steps=1, max_steps=4, save_total_limit=1)
     best = {"checkpoint": "checkpoint-2", "step": 2, "validation_loss": 0.25}
     assert json.loads((folder / "best.json").read_text()) == best
