@@ -353,6 +353,7 @@ def run(args: EvaluateArguments) -> None:
         raise InputError(f"budgets: {found[0]}")
     loaded = load_data(args.data, tokenizer=reader.tokenizer, think=reader.think, max_rows=args.max_samples)
     questions = graded_questions(loaded)
+    check_grader(question.gold for question in questions)
     if drops := describe_drops(loaded.dropped):
         print(f"dropped: {drops}")
     result = {"model": args.model, "data": args.data, "engine": args.engine} | evaluate(

@@ -114,8 +114,12 @@ def open_run(recipe: Recipe) -> tuple[Recipe, Path, Path | None]:
             f"output_dir {folder} was prepared under another recipe ({changed}): choose another one; targets can be "
             "shared by --teacher_cache_dir, traces by --data of their file"
         )
-    write_text(folder / RECIPE_FILE, recipe_as_yaml(recipe))
-    write_json(folder / ENVIRONMENT_FILE, environment())
+    try:
+        write_text(folder / RECIPE_FILE, recipe_as_yaml(recipe))
+        write_json(folder / ENVIRONMENT_FILE, environment())
+    except OSError:
+        discard_unbegun(folder)
+        raise
     return recipe, folder, None
 
 
