@@ -1,4 +1,5 @@
 """The most likely mistakes: what is typed, and what comes of it. tests/test_mistakes.py makes them all, and holds
+<<<<<<< HEAD
 docs/troubleshooting.md to the same messages."""
 
 import errno
@@ -75,10 +76,24 @@ def read_only(scene):
     scene.monkeypatch.setattr(Path, "mkdir", mkdir)
 
 
+=======
+docs/troubleshooting.md to the same messages. Those in models, data and settings are in mistakes_in_input.py."""
+
+import errno
+from pathlib import Path
+
+import torch
+from mistake import GENERATE, SHORT, SMALL, TINY, TRACES, Mistake, memory_of, raising, read_only, without
+from mistakes_in_input import DATA, MODELS, SETTINGS
+
+from trsd.run import alone_in
+
+>>>>>>> work-mistakes
 CUDA = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB is "
     "free. Including non-PyTorch memory, this process has 77.9 GiB memory in use."
 )
+<<<<<<< HEAD
 TINY = "--model_name_or_path tiny --data text.jsonl --output_dir run"
 SMALL = f"{TINY} --max_length 512 --max_tokens_per_batch 512 --max_steps 1"
 SHORT = "--max_thinking_tokens 8 --max_answer_tokens 4"
@@ -446,6 +461,8 @@ SETTINGS = [
         "error: name the traces' tokenizer: --tokenizer (or --student for its own)",
     ),
 ]
+=======
+>>>>>>> work-mistakes
 
 FOLDERS = [
     Mistake(

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tiny_model, make_traces, write_rows
-from mistakes import MISTAKES, Scene
+from mistake import Scene
+from mistakes import MISTAKES
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, T5Config
 
 from trsd import train
