@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,38 @@ def test_fault_32_without_the_hubs_package_our_folder_is_not_taken_for_it():
         pytest.skip("Hugging Face's kernels package is installed")
     result = run_python(code)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.fixture
+def real_hub_kernels():
+    """The folder in which Hugging Face's own package is installed."""
+    try:
+        return str(distribution("kernels").locate_file(""))
+    except PackageNotFoundError:
+        pytest.skip("Hugging Face's kernels package is not installed")
+
+
+BESIDE_THE_REAL_ONE = """
+import sys
+from pathlib import Path
+import kernels
+assert callable(kernels.get_kernel) and Path(kernels.__file__).is_relative_to({folder!r}), kernels.__file__
+from trsd import train
+train.main(sys.argv[1:])
+assert Path(sys.modules["trsd_kernels"].__file__).is_relative_to({ours!r})
+assert sys.modules["kernels"] is kernels
+"""
+
+
+@pytest.mark.parametrize("first", ["ours", "theirs"])
+def test_fault_32_a_run_trains_beside_the_hubs_real_kernels_package(real_hub_kernels, words, tmp_path, first):
+    """From the repository root, as ``fault_32`` above with its stand-in; a model from transformers is part of it."""
+    folders, inherited = [str(ROOT), str(ROOT / "kernels")], os.environ.get("PYTHONPATH", "").split(":")
+    path = [*folders, *inherited] if first == "ours" else [real_hub_kernels, *inherited, *folders]
+    code = BESIDE_THE_REAL_ONE.format(folder=real_hub_kernels, ours=str(ROOT / "kernels"))
+    result = run_python(code, *words("run", max_steps=1, branches_per_trace=2), PYTHONPATH=":".join(filter(None, path)))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "run" / "checkpoint-1" / "model.safetensors").is_file()
 
 
 # 33: neither triton nor a GPU

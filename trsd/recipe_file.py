@@ -17,12 +17,32 @@ from trsd.recipe import Recipe, belongs_to_a_method, with_method_defaults
 
 RECIPES = Path(__file__).parent / "recipes"
 DEMO = "demo"
+# Former names of fields and their present ones: each is taken, and said, for one minor version (docs/api.md).
+RENAMED: dict[str, str] = {}
 
 
 def fail(message: str) -> NoReturn:
     """Print what is wrong and exit with code 2, as for any wrong command line."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _present_name(name: str, where: str) -> str:
+    """What the field ``name`` is called now; a former name is said."""
+    if name not in RENAMED:
+        return name
+    print(
+        f"note: {where}: {name} is called {RENAMED[name]} now; the next minor version knows no other", file=sys.stderr
+    )
+    return RENAMED[name]
+
+
+def _present_word(word: str) -> str:
+    """A word of a command line with the present name of the field that it may set."""
+    flag, equals, value = word.partition("=")
+    name = flag.removeprefix("--").replace("-", "_")
+    known = flag.startswith("--") and name in RENAMED
+    return f"--{_present_name(name, flag)}{equals}{value}" if known else word
 
 
 def _as_flags(values: dict[str, Any], path: Path) -> tuple[list[str], dict[str, str | None]]:
@@ -73,6 +93,10 @@ def _yaml_values(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         fail(f"{path} is not YAML: {error}")
     if not isinstance(values, dict):
         fail(f"{path}: expected `key: value` lines, got {type(values).__name__}")
+    for former in [key for key in values if key in RENAMED]:
+        if (name := _present_name(former, str(path))) in values:
+            fail(f"{path}: {name} is given twice, {former} was its name: leave one out")
+        values[name] = values.pop(former)
     base = values.pop("base", None)
     if base is None:
         return values
@@ -101,6 +125,7 @@ def parse_recipe(argv: list[str] | None = None, *, prog: str = "python -m trsd.t
     parser.add_argument("--config")
     parser.add_argument("--dry_run", action="store_true")
     own, rest = parser.parse_known_args(argv)
+    rest = [_present_word(word) for word in rest]
     base, name = Recipe(), "run"
     if own.config or not names_a_job(rest):
         path = resolve_config(own.config or _demo_of(rest))

@@ -21,7 +21,7 @@ The idea of a gradient made in the forward over chunks of rows: Liger-Kernel, ar
 vocabulary sweep with online statistics: Cut Your Losses, arXiv 2411.09009.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -248,6 +248,9 @@ class FusedLinearDistillation(nn.Module):
             token_weights,
         )
         return _distill(inputs, num_items_in_batch, self.execution, self.options, self._encoded_options)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # torch says that a module takes anything and returns Any
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in (self.execution._asdict() | vars(self.options)).items())

@@ -89,10 +89,12 @@ class DistillOptions:
 
     @property
     def student_transform(self) -> LogitTransform:
+        """Scale and soft cap of the student's logits."""
         return LogitTransform(self.student_logit_scale, self.student_logit_softcap)
 
     @property
     def teacher_transform(self) -> LogitTransform:
+        """Scale and soft cap of the teacher's logits."""
         return LogitTransform(self.teacher_logit_scale, self.teacher_logit_softcap)
 
     @property
