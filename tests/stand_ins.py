@@ -204,6 +204,8 @@ class StandIn:
             self.replace(name, self._put_data(value, traces=traces))
         elif name == "responses":
             put(self.workshop.responses, value)
+        elif name == "texts":
+            put(self.workshop.traces, value)
         elif name == "adapter":
             put(self.workshop.adapter, value)
         elif name == "gsm8k":
@@ -243,6 +245,12 @@ class StandIn:
             self.replace(name, value)
         for name in FOR_RANKS if self.module in READ_RECIPES else ():
             self._leave_out(name)
+        if dict(self.flags()).get("engine") == "vllm":  # which is not installed beside the tests
+            self.replace("engine", "hf")
+            self._leave_out("vllm_args")
+        if self.module == "trsd.export" and "texts" not in dict(self.flags()):  # no name fits the bundled one
+            put(self.workshop.traces, "texts.jsonl")
+            self.words += ["--pre_tokenizer", "qwen2", "--texts", "texts.jsonl"]
         if self.module == "trsd.plan" or "responses" in dict(self.flags()):
             return
         for name, most in (LIMITS | LOWERED).items():

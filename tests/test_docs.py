@@ -40,6 +40,7 @@ NOT_RUN = {
         "vLLM is not installed beside the tests",
         "its flags are known; test_vllm_engine.py serves and asks",
     ),
+    "llama-server": ("llama.cpp is not installed beside the tests", "test_export.py asks it where it is"),
     "curl": ("there is no server", "test_vllm_engine.py waits for one's health and asks it"),
 }
 # What only the shell does; a block is held to `bash -n`.
@@ -48,8 +49,9 @@ SHELL = {*LOOPS, "export", "sleep", "seq", "wait", "kill", "jobs", "head", "ls",
 LAUNCHERS = {"srun", "nohup", "time", "exec"}
 # What `vllm serve` takes, of vLLM's own documentation.
 VLLM_SERVE = {"--port", "--max-model-len", "--served-model-name", "--tensor-parallel-size", "--dtype"}
-# Flags of other programs that prose names: SLURM's.
-OTHERS_FLAGS = {"--signal"}
+VLLM_SERVE |= {"--generation-config", "--reasoning-parser", "--reasoning-config"}
+# Flags of other programs that prose names: SLURM's, vLLM's, llama.cpp's.
+OTHERS_FLAGS = {"--signal", "--generation-config", "--reasoning-budget"}
 # Longer than two seconds or so even in small; they are parsed in the fast tests.
 SLOW = ("bench.error_table", "trsd.sweep", "trsd.demo.make_reasoner")
 OPTIONAL = {"trl", "lightning", "datasets", "peft", "openai", "vllm", "wandb", "trackio", "tensorboard", "accelerate"}
