@@ -83,25 +83,6 @@ def test_public_names_of_the_kernels_are_documented():
     assert all(getattr(trsd_kernels, name).__doc__ for name in trsd_kernels.__all__)
 
 
-@pytest.mark.slow
-def test_a_wheel_holds_both_packages_and_everything_bundled(tmp_path):
-    import zipfile
-
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True)
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    for wanted in (
-        "trsd_kernels/linear_distill.py",
-        "trsd/recipes/demo.yaml",
-        "trsd/demo/reasoner/model.safetensors",
-        "trsd/demo/student/model.safetensors",
-        "trsd/demo/reasoner/chat_template.jinja",
-        "trsd/demo/questions/train.jsonl",
-    ):
-        assert wanted in names
-    assert not [name for name in names if name.startswith(("tests", "bench", "kernels"))]
-
-
 def test_importing_without_triton_says_nothing():
     block = "import sys; sys.modules.update(dict.fromkeys(['triton', 'triton.language', 'triton.runtime'])); "
     result = run_python(block + "import trsd_kernels")

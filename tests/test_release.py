@@ -138,18 +138,17 @@ print(first, time.process_time() - first)
 """
 
 
-def test_importing_the_kernels_takes_no_two_seconds_beyond_torch():
-    """Of processor time, the least of three: other processes make it longer, none makes it shorter.
+def test_importing_the_kernels_takes_less_than_twice_as_long_as_importing_torch():
+    """1.1 s beside 0.9 s on a CPU machine, most of it what torch's custom operators import; the bound is two seconds.
 
-    On a machine on which torch itself takes long, they may take twice as long as it does.
+    Of processor time, and of three attempts the best: other processes make it longer, none makes it shorter.
     """
     path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
-    code = [sys.executable, "-c", IMPORTING]
-    for attempt in range(3):
-        torchs, ours = map(float, run(*code, folder=ROOT, PYTHONPATH=path).split())
-        if ours < max(2, 2 * torchs):
-            return
-    raise AssertionError(f"{ours:.1f} s beside torch's {torchs:.1f} s, {attempt + 1} times")
+    shares = []
+    while len(shares) < 3 and not (shares and shares[-1] < 1.8):
+        torchs, ours = map(float, run(sys.executable, "-c", IMPORTING, folder=ROOT, PYTHONPATH=path).split())
+        shares.append(ours / torchs)
+    assert shares[-1] < 1.8, shares
 
 
 # Wheel and sdist
