@@ -1,3 +1,6 @@
+import shutil
+import subprocess
+
 import pytest
 from scripted import Scripted
 from test_evaluate import questions
@@ -22,10 +25,49 @@ def test_report_without_budgets_holds_numbers_and_no_curve(unconstrained, tmp_pa
     for name in (RECIPE_FILE, ENVIRONMENT_FILE):
         write_text(tmp_path / name, "{}\n")
     text = write_report(tmp_path).read_text()
-    assert not (tmp_path / "curve.png").exists() and "<img" not in text
+    assert not (tmp_path / "curve.png").exists() and text.count("<img") == 1  # the histogram alone
+    assert "http" not in text and "<script" not in text  # it needs nothing else, and opens without a network
     assert "unconstrained accuracy<b>0.500" in text and "<td>free</td>" in text
     assert "area under the curve" not in text
 
 
 def test_summary_without_budgets_has_no_empty_table(unconstrained):
     assert summary(unconstrained, unconstrained).split("\n")[:2] == ["", "unconstrained accuracy: 0.500 -> 0.500"]
+
+
+def test_traces_stand_side_by_side_those_that_stop_earlier_first_and_as_text(unconstrained, tmp_path):
+    first, second = unconstrained["examples"]
+    shorter = second | {"thinking_tokens": 1, "reasoning": "<script>alert(1)</script>"}
+    after = unconstrained | {"examples": [first, shorter]}
+    for name, result in (("before", unconstrained), ("after", after)):
+        write_json(tmp_path / "eval" / f"{name}.json", result)
+    for name in (RECIPE_FILE, ENVIRONMENT_FILE):
+        write_text(tmp_path / name, "{}\n")
+    text = write_report(tmp_path).read_text()
+    assert "In 1 of these 2 the trained model stops thinking earlier." in text
+    assert "<script" not in text and "&lt;script&gt;alert(1)" in text
+    assert text.index("after: 1 tokens") < text.index(f"after: {first['thinking_tokens']} tokens")
+
+
+def test_an_evaluation_that_kept_no_lengths_has_no_histogram(unconstrained, tmp_path):
+    free = {name: value for name, value in unconstrained["unconstrained"].items() if name != "thinking_lengths"}
+    for name in ("before", "after"):
+        write_json(tmp_path / "eval" / f"{name}.json", unconstrained | {"unconstrained": free})
+    for name in (RECIPE_FILE, ENVIRONMENT_FILE):
+        write_text(tmp_path / name, "{}\n")
+    assert "How long it thinks" not in write_report(tmp_path).read_text()
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
+def test_a_browser_shows_the_page(unconstrained, tmp_path):
+    for name in ("before", "after"):
+        write_json(tmp_path / "eval" / f"{name}.json", unconstrained)
+    for name in (RECIPE_FILE, ENVIRONMENT_FILE):
+        write_text(tmp_path / name, "{}\n")
+    page, picture = write_report(tmp_path), tmp_path / "page.png"
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=900,1400"]
+    subprocess.run([*command, f"--screenshot={picture}", page.as_uri()], check=True, capture_output=True, timeout=120)
+    from PIL import Image
+
+    colours = Image.open(picture).convert("RGB").getcolors(maxcolors=2**20)
+    assert len(colours) > 50  # text and a picture, not an empty page

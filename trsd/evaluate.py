@@ -231,14 +231,14 @@ def measure(
 
 def measure_thinking(
     free: Sequence[Answer], questions: Sequence[Question], tokenizer: Any, num_samples: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """What is asked of unconstrained thinking alone.
 
     Returns:
         ``unclosed_rate``, the share of thinking that did not end by itself: it has no answer, so it counts wrong in
         ``accuracy``. ``accuracy_of_whole_text`` grades reasoning and answer as one text, since a model that never
         learnt to close states its answer all the same; a box in the reasoning counts there before an answer without
-        one. And the mean and median length of the thinking.
+        one. And the mean and median length of the thinking, and the length of each sample.
     """
     lengths = [len(answer.reasoning_ids) for answer in free]
     texts = [
@@ -251,6 +251,7 @@ def measure_thinking(
         "accuracy_of_whole_text": whole["accuracy"],
         "mean_thinking_tokens": float(np.mean(lengths)),
         "median_thinking_tokens": float(np.median(lengths)),
+        "thinking_lengths": lengths,
     }
 
 

@@ -40,6 +40,7 @@ from trsd.recipe import Recipe
 from trsd.row_shards import MANIFEST
 from trsd.run import RECIPE_FILE, TEACHER
 from trsd.thinking import ThinkFormat, token_texts
+from trsd.trackers import require_trackers
 
 
 def with_teacher(recipe: Recipe) -> Recipe:
@@ -85,6 +86,7 @@ class Job(Placement):
         self._check_models()
         if recipe.lora_base == "nf4":
             require_bitsandbytes()
+        require_trackers(recipe.report_to)
         optimizer_class(recipe.optim, on_gpu=self.device == "cuda")  # a missing package is said before any work
         if recipe.teacher == "online_fp8" and not self.bf16:
             raise InputError("teacher: online_fp8 takes a teacher that is read in bf16: add --bf16 True, or use online")

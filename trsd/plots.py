@@ -49,6 +49,20 @@ def plot_curves(results: dict[str, dict[str, Any]], path: Path, *, title: str | 
     _save(figure, path)
 
 
+def plot_lengths(lengths: dict[str, Sequence[int]], path: Path) -> None:
+    """How long thinking is, a histogram for each labelled list of token counts, over the same bins; dotted: medians."""
+    import numpy as np
+
+    figure, axes = _figure(7.0, 2.8)
+    bins = np.histogram_bin_edges([count for counts in lengths.values() for count in counts], bins=30)
+    for (label, counts), color in zip(lengths.items(), COLORS, strict=False):
+        axes.hist(counts, bins=bins, color=color, alpha=0.45, label=label)
+        axes.axvline(float(np.median(counts)), color=color, lw=1, ls=":")
+    axes.set(xlabel="unconstrained thinking (tokens)", ylabel="answers")
+    axes.legend(frameon=False, loc="best", title="dotted: median", title_fontsize=8, alignment="left")
+    _save(figure, path)
+
+
 def plot_loss(
     steps: Sequence[int],
     terms: dict[str, Sequence[float]],

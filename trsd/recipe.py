@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from trsd.trackers import tracker_problems
+
 TeacherKind = Literal["auto", "hidden_cache", "top_k_cache", "vector_cache", "online", "online_fp8", "adapter_off"]
 Optim = Literal["adamw_torch", "adamw_torch_8bit", "adamw_torch_4bit", "adamw_bnb_8bit"]
 AttentionBackend = Literal["auto", "triton", "flash_attn_4", "flash_attn_3", "flash_attn_2", "torch", "sdpa"]
@@ -174,6 +176,8 @@ class Recipe:
     """A step, or a wait for another rank, that takes longer ends the run and prints where every thread is."""
     save_total_limit: int | None = None
     """Only so many checkpoints are kept, the newest and the best always; left out, all."""
+    report_to: tuple[str, ...] = ()
+    """Where figures go beside metrics.jsonl: tensorboard, wandb, trackio, or none."""
     resume_from_checkpoint: str | None = None
     """latest, or a checkpoint folder of output_dir."""
 
@@ -241,6 +245,7 @@ class Recipe:
             found += [f"{name}: there is no adapter without lora_rank: set it, or leave {name} out" for name in said]
         if self.resume_from_checkpoint and not self.output_dir:
             found.append("resume_from_checkpoint: say which run with output_dir")
+        found += tracker_problems(self.report_to)
         return found + method_problems(self) + teacher_problems(self)
 
 

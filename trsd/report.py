@@ -9,13 +9,14 @@ import html
 import json
 import sys
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import yaml
 
 from trsd.checkpoint_folders import best_checkpoint
 from trsd.metrics import read_metrics
-from trsd.plots import plot_curves, plot_loss
+from trsd.plots import plot_curves, plot_lengths, plot_loss
 from trsd.run import ENVIRONMENT_FILE, RECIPE_FILE
 
 LOSS_TERMS = {
@@ -33,6 +34,7 @@ th{border-bottom:1px solid #9ca3af;font-weight:600}td:first-child,th:first-child
 img{max-width:100%}pre{background:#f3f4f6;padding:.8rem;overflow-x:auto;font-size:.82rem;white-space:pre-wrap}
 .lead{color:#4b5563}.right{color:#15803d}.wrong{color:#b91c1c}.cards{display:flex;gap:1rem;flex-wrap:wrap}
 .card{border:1px solid #e5e7eb;border-radius:.5rem;padding:.6rem 1rem}.card b{display:block;font-size:1.5rem}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:1rem}
 details{margin:.6rem 0}summary{cursor:pointer}
 """
 
@@ -73,7 +75,7 @@ def write_report(run_dir: Path) -> Path:
         if before["budgets"]:
             plot_curves({"before": before, "after": after}, run_dir / "curve.png")
             parts.append(_image(run_dir / "curve.png", "accuracy against budget"))
-        parts.append(_curve_table(before, after))
+        parts += [_curve_table(before, after), *_lengths(before, after, run_dir)]
     if metrics:
         tokens = LEARNT.get(yaml.safe_load(recipe_text).get("method", "trsd"), "learnt tokens")
         terms = {label.format(learnt=tokens): [row[name] for row in metrics] for name, label in LOSS_TERMS.items()}
@@ -86,7 +88,7 @@ def write_report(run_dir: Path) -> Path:
     if before and after:
         parts += [
             "<h2>Side by side</h2>",
-            *(_example(*pair) for pair in zip(before["examples"], after["examples"], strict=True)),
+            *_side_by_side(before["examples"], after["examples"]),
         ]
     parts += ["<h2>Traces left out</h2>", f"<p>{_drops(run_dir)}</p>"]
     parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(recipe_text)}</pre>"]
@@ -156,6 +158,31 @@ def _curve_table(before: dict[str, Any], after: dict[str, Any]) -> str:
     )
 
 
+def _lengths(before: dict[str, Any], after: dict[str, Any], run_dir: Path) -> list[str]:
+    """Histograms of thinking, and their medians; nothing of evaluations that did not keep them."""
+    found = {when: r["unconstrained"].get("thinking_lengths") for when, r in (("before", before), ("after", after))}
+    if not all(found.values()):
+        return []
+    plot_lengths(found, run_dir / "lengths.png")
+    rows = "".join(
+        f"<tr><td>{when}</td><td>{min(counts)}</td><td>{median_low(counts)}</td><td>{max(counts)}</td></tr>"
+        for when, counts in found.items()
+    )
+    return [
+        "<h2>How long it thinks</h2>",
+        _image(run_dir / "lengths.png", "histogram of unconstrained thinking lengths"),
+        f'<table class="numbers"><tr><th>tokens</th><th>least</th><th>median</th><th>most</th></tr>{rows}</table>',
+    ]
+
+
+def _side_by_side(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
+    """The examples, those first in which the trained model stops earlier."""
+    pairs = sorted(zip(before, after, strict=True), key=lambda p: p[1]["thinking_tokens"] - p[0]["thinking_tokens"])
+    earlier = sum(new["thinking_tokens"] < old["thinking_tokens"] for old, new in pairs)
+    told = f"In {earlier} of these {len(pairs)} the trained model stops thinking earlier."
+    return [f'<p class="lead">{told}</p>', *(_example(*pair) for pair in pairs)]
+
+
 def _example(before: dict[str, Any], after: dict[str, Any]) -> str:
     def answer(entry: dict[str, Any]) -> str:
         kind = "right" if entry["correct"] else "wrong"
@@ -168,11 +195,15 @@ def _example(before: dict[str, Any], after: dict[str, Any]) -> str:
     lengths = f"free ({before['thinking_tokens']} → {after['thinking_tokens']})"
     free = f"<tr><td>{lengths}</td>{answer(before)}{answer(after)}</tr>"
     question, gold = html.escape(before["question"]), html.escape(before["gold"])
-    thoughts = "".join(f"<pre>{html.escape(result['reasoning'])}</pre>" for result in (before, after))
+    thoughts = "".join(
+        f"<div><b>{when}: {result['thinking_tokens']} tokens</b><pre>{html.escape(result['reasoning'])}</pre></div>"
+        for when, result in (("before", before), ("after", after))
+    )
     return (
         f"<details open><summary>{question} <i>(answer {gold})</i></summary>"
         f'<table class="said"><tr><th>budget</th><th>before</th><th>after</th></tr>{rows}{free}</table>'
-        f"<details><summary>unconstrained thinking, before and after</summary>{thoughts}</details></details>"
+        "<details><summary>unconstrained thinking, before and after</summary>"
+        f'<div class="pair">{thoughts}</div></details></details>'
     )
 
 

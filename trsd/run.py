@@ -31,6 +31,7 @@ PREPARED = {"traces", TEACHER.name, building_folder(TEACHER).name, lock_file(TEA
 FREE_TO_CHANGE = {
     "resume_from_checkpoint",
     "logging_steps",
+    "report_to",
     "save_steps",
     "save_total_limit",
     "output_dir",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import PreTrainedModel
 
 from trsd.batching import Example
@@ -38,10 +39,11 @@ from trsd.prepare import build_method, prepare_traces
 from trsd.prepare_teacher import prepare_teacher, student_as_teacher
 from trsd.ranks import Ranks, ended_at_once, is_lost_rank, launched_ranks, open_ranks
 from trsd.recipe import Recipe
-from trsd.recipe_file import fail
+from trsd.recipe_file import fail, recipe_as_yaml
 from trsd.report import summary, write_report
 from trsd.row_shards import file_sha256
 from trsd.run import alone_in, discard_unbegun, open_run, with_output_dir
+from trsd.trackers import Trackers, evaluation_figures
 from trsd.validation import held_out_traces, validation_loss
 from trsd.watchdog import Watchdog
 
@@ -115,7 +117,12 @@ def resume(checkpoint: Path, loop: Loop, identity: dict[str, Any]) -> int:
 
 
 def train(
-    job: Job, loop: Loop, resume_from: Path | None, interruption: Interruption, before: dict[str, Any] | None = None
+    job: Job,
+    loop: Loop,
+    resume_from: Path | None,
+    interruption: Interruption,
+    trackers: Trackers,
+    before: dict[str, Any] | None = None,
 ) -> Path:
     """Run the loop from where it stands to its last step; returns the last checkpoint.
 
@@ -154,6 +161,7 @@ def train(
                 measured = {"validation_loss": validation_loss(loop)}
             if log:
                 log.write(**values, **measured)
+            trackers.log(done, values | measured)
             if done % recipe.logging_steps == 0 or done in (1, loop.num_steps) or interrupted or values["skipped"]:
                 remaining = (time.perf_counter() - start) / (done - first) * (loop.num_steps - done)
                 say(step_line(done, loop.num_steps, values, remaining_seconds=remaining))
@@ -206,13 +214,25 @@ def _run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) ->
     loop = Loop(job, model, teacher, method, ranks, held_out=held_out)
     print(f"attention: {loop.backend}")
     print_example(job, method, loop.stream.step(0))
-    checkpoint = train(job, loop, resume_from, interruption, before)
-    del loop, model, teacher  # of a sharded model the checkpoint is read instead
-    gc.collect()  # the loop and its prefetcher hold each other, and the optimizer's state
-    after = evaluate_student(job, readable, "after", before and before["percent_of"], checkpoint)
+    with open_trackers(job, resume_from) as trackers:
+        if resume_from is None:
+            trackers.log(0, evaluation_figures(before))
+        checkpoint, last = train(job, loop, resume_from, interruption, trackers, before), loop.num_steps
+        del loop, model, teacher  # of a sharded model the checkpoint is read instead
+        gc.collect()  # the loop and its prefetcher hold each other, and the optimizer's state
+        after = evaluate_student(job, readable, "after", before and before["percent_of"], checkpoint)
+        trackers.log(last, evaluation_figures(after))
     if ranks.is_main:
         finish(job, before, after, checkpoint, seconds=time.perf_counter() - start)
     return output_dir
+
+
+def open_trackers(job: Job, resume_from: Path | None) -> Trackers:
+    """What the recipe reports to, on rank 0; nothing elsewhere."""
+    first = 0 if resume_from is None else int(resume_from.name.rpartition("-")[2])
+    config = yaml.safe_load(recipe_as_yaml(job.recipe))
+    names = job.recipe.report_to if job.ranks.is_main else ()
+    return Trackers(names, job.output_dir, config, first_step=first)
 
 
 def input_fingerprint(job: Job) -> tuple[Any, ...]:
