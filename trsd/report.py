@@ -30,7 +30,7 @@ body{font:16px/1.55 system-ui,sans-serif;color:#1f2937;max-width:60rem;margin:2r
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.25rem .8rem;text-align:right}
 th{border-bottom:1px solid #9ca3af;font-weight:600}td:first-child,th:first-child,.right,.wrong,.said th{text-align:left}
-.numbers td{white-space:nowrap}
+.wide{overflow-x:auto}.numbers td{white-space:nowrap}
 img{max-width:100%}pre{background:#f3f4f6;padding:.8rem;overflow-x:auto;font-size:.82rem;white-space:pre-wrap}
 .lead{color:#4b5563}.right{color:#15803d}.wrong{color:#b91c1c}.cards{display:flex;gap:1rem;flex-wrap:wrap}
 .card{border:1px solid #e5e7eb;border-radius:.5rem;padding:.6rem 1rem}.card b{display:block;font-size:1.5rem}
@@ -152,8 +152,8 @@ def _curve_table(before: dict[str, Any], after: dict[str, Any]) -> str:
     free = cells(before["unconstrained"]) + cells(after["unconstrained"])
     lengths = " → ".join(f"{result['unconstrained']['mean_thinking_tokens']:.1f}" for result in (before, after))
     return (
-        f'<table class="numbers"><tr><th>budget</th><th>tokens</th>{head}</tr>{rows}'
-        f"<tr><td>free</td><td>{lengths}</td>{free}</tr></table>"
+        f'<div class="wide"><table class="numbers"><tr><th>budget</th><th>tokens</th>{head}</tr>{rows}'
+        f"<tr><td>free</td><td>{lengths}</td>{free}</tr></table></div>"
         f"<p class='lead'>{before['num_questions']} questions; intervals are 95 %, bootstrapped over questions.</p>"
     )
 
