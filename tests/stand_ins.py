@@ -204,6 +204,9 @@ class StandIn:
             self.replace(name, self._put_data(value, traces=traces))
         elif name == "responses":
             put(self.workshop.responses, value)
+        elif name == "compare":
+            self._put_positional(value)
+            self._put_positional(self.words[self.words.index(value) + 1])
         elif name == "texts":
             put(self.workshop.traces, value)
         elif name == "adapter":

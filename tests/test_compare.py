@@ -2,8 +2,14 @@ import json
 
 import pytest
 from conftest import refusal
+from scripted import Scripted
+from test_evaluate import questions
 
 from trsd.compare import compare, main, read_evaluation, table
+from trsd.decoding import Decoder
+from trsd.evaluate import evaluate
+from trsd.evaluate import main as evaluate_main
+from trsd.files import write_json
 from trsd.statistics import paired_difference
 
 ONE = [[True, False], [False, False], [True, True], [False, True]]
@@ -132,7 +138,7 @@ def test_command_refuses_files_that_are_no_evaluation(tmp_path, capsys, text, me
 
 def test_command_refuses_a_folder_without_an_evaluation(tmp_path, capsys):
     assert "holds neither" in refusal(capsys, lambda: main([str(tmp_path)] * 2))
-    assert "No such file" in refusal(capsys, lambda: main([str(tmp_path / "no.json")] * 2))
+    assert "no such file" in refusal(capsys, lambda: main([str(tmp_path / "no.json")] * 2))
 
 
 def test_graded_responses_compare_with_an_evaluation_of_the_same_questions(write, tmp_path, tokenizer, think):
@@ -163,3 +169,24 @@ def test_evaluations_made_otherwise_are_warned_of_and_lone_budgets_named(tmp_pat
     assert "warning: max_answer_tokens differs, 32 and 64" in said and "only A has the budgets 7" in said
     same = compare(written("a.json", 32, ["5"]), written("b.json", 32, ["5"]))
     assert same["made_otherwise"] == {} and same["not_shared"] == [[], []]
+
+
+@pytest.fixture
+def evaluated(tmp_path, tokenizer, think):
+    """Two evaluations with budgets, in folders."""
+    folders = []
+    for name, answer in (("a", "3"), ("b", "4")):
+        decoder = Decoder(Scripted(tokenizer, f"2+1\n</think>\n\n{answer}", answer), tokenizer, think)
+        result = evaluate(decoder, questions("3", "4"), ("0", "2"), max_thinking_tokens=50, max_answer_tokens=20)
+        write_json(tmp_path / name / "evaluation.json", {"model": name} | result)
+        folders.append(tmp_path / name)
+    return folders
+
+
+def test_evaluate_compares_what_two_words_name_and_draws_both_curves(evaluated, tmp_path, capsys):
+    evaluate_main(["--compare", *map(str, evaluated), "--output_dir", str(tmp_path / "out")])
+    assert "B - A" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"comparison.json", "table.txt", "curve.png"}
+    words = ["--compare", *map(str, evaluated), "--budgets", "0"]
+    assert "leave out --budgets" in refusal(capsys, lambda: evaluate_main(words))
+    assert "--compare" in refusal(capsys, lambda: evaluate_main(words[:2]))

@@ -19,6 +19,7 @@ import tyro
 from trsd.command import run_command
 from trsd.errors import InputError
 from trsd.files import write_json, write_text
+from trsd.plots import plot_curves
 from trsd.statistics import paired_difference
 
 WITHIN = ("evaluation.json", "eval/after.json")
@@ -53,11 +54,7 @@ class Evaluation:
 
 def read_evaluation(path: Path) -> Evaluation:
     """The per-question results of a file or of the folder that holds it; raises for a file without them."""
-    if path.is_dir():
-        inside = [path / name for name in WITHIN if (path / name).is_file()]
-        if not inside:
-            raise InputError(f"{path} holds neither {' nor '.join(WITHIN)}: give a folder of an evaluation or a run")
-        path = inside[0]
+    path = _file_of(path)
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -76,6 +73,16 @@ def read_evaluation(path: Path) -> Evaluation:
         settings=[_setting(row, ids, path) for row in rows],
         how={name: stored[name] for name in HOW if name in stored},
     )
+
+
+def _file_of(path: Path) -> Path:
+    """The file that ``path`` is, or that the folder ``path`` holds."""
+    if not path.is_dir():
+        return path
+    inside = [path / name for name in WITHIN if (path / name).is_file()]
+    if not inside:
+        raise InputError(f"{path} holds neither {' nor '.join(WITHIN)}: give a folder of an evaluation or a run")
+    return inside[0]
 
 
 def _setting(row: Any, ids: Sequence[str], path: Path) -> Setting:
@@ -205,7 +212,15 @@ class CompareArguments:
     common: bool = False
     """Compare on the questions that both have, where they were not evaluated on the same."""
     output_dir: Path | None = None
-    """Where comparison.json and table.txt go; left out, only the table is printed."""
+    """Where comparison.json, table.txt and a picture of both curves go; left out, only the table is printed."""
+
+
+def plot_both(paths: Sequence[Path], picture: Path) -> None:
+    """Both curves in one picture, where both have budgets and intervals."""
+    found = [json.loads(_file_of(path).read_text(encoding="utf-8")) for path in paths]
+    if all(each.get("budgets") and "low" in each["budgets"][0] for each in found):
+        names = (f"{letter}: {each.get('model', path)}" for letter, path, each in zip("AB", paths, found, strict=True))
+        plot_curves(dict(zip(names, found, strict=True)), picture)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -221,6 +236,7 @@ def run(args: CompareArguments) -> None:
     if args.output_dir:
         write_json(args.output_dir / "comparison.json", comparison)
         write_text(args.output_dir / "table.txt", text + "\n")
+        plot_both((args.first, args.second), args.output_dir / "curve.png")
         print(f"written to {args.output_dir}")
 
 

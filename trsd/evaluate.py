@@ -9,7 +9,8 @@ the answer ended by itself, and tokens used; and which samples were right, for `
 non-thinking mode (``drafts.py``). ``--exit_confidence 0.95`` adds early exit: thinking ends at the first budget where a
 trial answer is that confident.
 
-``--responses FILE`` grades responses that were written elsewhere instead (``responses.py``).
+``--responses FILE`` grades responses that were written elsewhere instead (``responses.py``), and ``--compare A B``
+shows two evaluations beside each other (``compare.py``).
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from trsd import compare
 from trsd.command import run_command
 from trsd.data import Loaded, Question, describe_drops, load_data
 from trsd.decoding import Answer, Decoder, Limits
@@ -314,6 +316,8 @@ class EvaluateArguments(DecodingArguments):
 
     responses: Path | None = None
     """Grade these instead of a model: .jsonl or .parquet rows of problem or question, answer and response."""
+    compare: tuple[Path, Path] | None = None
+    """Compare two evaluations instead: two words, each an evaluation.json, its folder, or the folder of a run."""
     data: str = "bundled:questions/evaluation.jsonl"
     """Questions with reference answers: .jsonl, .parquet, a hub data set, or the short name of a benchmark."""
     budgets: tuple[str, ...] = ("0%", "25%", "50%", "75%", "100%")
@@ -336,8 +340,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: EvaluateArguments) -> None:
     """Load, evaluate, print and store."""
+    if args.compare:
+        if unused := _given_beside(args, {"compare", "output_dir"}):
+            raise InputError(f"--compare reads two evaluations and makes none: leave out {', '.join(unused)}")
+        compare.run(compare.CompareArguments(first=args.compare[0], second=args.compare[1], output_dir=args.output_dir))
+        return
     if args.responses:
-        if unused := _unused_with_responses(args):
+        if unused := _given_beside(args, {"responses", "output_dir", "open_tag", "close_tag"}):
             raise InputError(f"--responses loads no model and writes nothing new: leave out {', '.join(unused)}")
         grade_file(args.responses, open_tag=args.open_tag, close_tag=args.close_tag, output_dir=args.output_dir)
         return
@@ -387,8 +396,8 @@ def _check_output(folder: Path) -> None:
     check_folder(folder)
 
 
-def _unused_with_responses(args: EvaluateArguments) -> list[str]:
-    used = {"responses", "output_dir", "open_tag", "close_tag"}
+def _given_beside(args: EvaluateArguments, used: set[str]) -> list[str]:
+    """Flags that were given and that are none of ``used``."""
     names = [entry.name for entry in fields(args) if getattr(args, entry.name) != entry.default]
     return [f"--{name}" for name in names if name not in used]
 

@@ -212,4 +212,4 @@ def _shifted(values: Tensor, input_ids: Tensor) -> Tensor:
     """[batch * (length - 1)]: at each token what belongs to the next one."""
     if values.shape != input_ids.shape:
         raise ValueError(f"expected labels and weights as input_ids, {list(input_ids.shape)}, got {list(values.shape)}")
-    return values[:, :-1].flatten()
+    return values[:, 1:].flatten()
