@@ -254,7 +254,7 @@ class StandIn:
         if self.module == "trsd.export" and "texts" not in dict(self.flags()):  # no name fits the bundled one
             put(self.workshop.traces, "texts.jsonl")
             self.words += ["--pre_tokenizer", "qwen2", "--texts", "texts.jsonl"]
-        if self.module == "trsd.plan" or "responses" in dict(self.flags()):
+        if self.module == "trsd.plan" or {"responses", "compare"} & dict(self.flags()).keys():
             return
         for name, most in (LIMITS | LOWERED).items():
             if hasattr(self.parsed, name):
