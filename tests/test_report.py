@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 
@@ -71,3 +72,22 @@ def test_a_browser_shows_the_page(unconstrained, tmp_path):
 
     colours = Image.open(picture).convert("RGB").getcolors(maxcolors=2**20)
     assert len(colours) > 50  # text and a picture, not an empty page
+
+
+def test_memory_is_shown_by_part_largest_first(unconstrained, tmp_path):
+    for name in (RECIPE_FILE, ENVIRONMENT_FILE):
+        write_text(tmp_path / name, "{}\n")
+    parts = {"teacher": 0.25, "activations": 2.0}
+    write_json(tmp_path / "totals.json", {"seconds": 1.0, "peak_memory_gib": 3.5, "memory_parts_gib": parts})
+    text = write_report(tmp_path).read_text()
+    assert text.index("<td>activations</td><td>2,048.0</td>") < text.index("<td>teacher</td><td>256.0</td>")
+    assert "3.50 GiB were measured of the whole process" in text
+
+
+def test_parts_of_a_run_are_those_of_its_plan(run, capsys):
+    folder = run(max_steps=1)
+    parts = json.loads((folder / "totals.json").read_text())["memory_parts_gib"]
+    tiny = sum(file.stat().st_size for file in folder.glob("checkpoint-1/*.safetensors"))
+    assert parts["student weights"] * 2**30 == pytest.approx(tiny, rel=0.1)
+    assert parts["optimizer state"] == pytest.approx(2 * parts["student weights"], rel=0.01)
+    assert "Memory by part" in (folder / "report.html").read_text()

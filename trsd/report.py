@@ -35,6 +35,7 @@ img{max-width:100%}pre{background:#f3f4f6;padding:.8rem;overflow-x:auto;font-siz
 .lead{color:#4b5563}.right{color:#15803d}.wrong{color:#b91c1c}.cards{display:flex;gap:1rem;flex-wrap:wrap}
 .card{border:1px solid #e5e7eb;border-radius:.5rem;padding:.6rem 1rem}.card b{display:block;font-size:1.5rem}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:1rem}
+.parts td:nth-child(3){text-align:left}.bar{height:.8rem;background:#0b6bcb;border-radius:2px}
 details{margin:.6rem 0}summary{cursor:pointer}
 """
 
@@ -90,6 +91,7 @@ def write_report(run_dir: Path) -> Path:
             "<h2>Side by side</h2>",
             *_side_by_side(before["examples"], after["examples"]),
         ]
+    parts += _memory(run_dir)
     parts += ["<h2>Traces left out</h2>", f"<p>{_drops(run_dir)}</p>"]
     parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(recipe_text)}</pre>"]
     parts += ["<h2>Versions</h2>", f"<pre>{html.escape(_text(run_dir / ENVIRONMENT_FILE))}</pre>"]
@@ -172,6 +174,27 @@ def _lengths(before: dict[str, Any], after: dict[str, Any], run_dir: Path) -> li
         "<h2>How long it thinks</h2>",
         _image(run_dir / "lengths.png", "histogram of unconstrained thinking lengths"),
         f'<table class="numbers"><tr><th>tokens</th><th>least</th><th>median</th><th>most</th></tr>{rows}</table>',
+    ]
+
+
+def _memory(run_dir: Path) -> list[str]:
+    """What a step's memory is made of, largest first, with bars; nothing of runs that did not count it."""
+    totals = _read(run_dir / "totals.json") or {}
+    found = sorted(totals.get("memory_parts_gib", {}).items(), key=lambda part: -part[1])
+    if not found:
+        return []
+    rows = "".join(
+        f'<tr><td>{html.escape(name)}</td><td>{1024 * size:,.1f}</td><td><div class="bar" '
+        f'style="width:{max(1, round(10 * 16 * size / found[0][1]))}px"></div></td></tr>'
+        for name, size in found
+    )
+    peak = totals.get("peak_gpu_memory_gib", totals["peak_memory_gib"])
+    where = "on the GPU" if "peak_gpu_memory_gib" in totals else "of the whole process, libraries and evaluation too"
+    head = "<tr><th>of a training step</th><th>MiB</th><th></th></tr>"
+    told = f"Counted for a step of traces as long as this run's; {peak:.2f} GiB were measured {where}."
+    return [
+        "<h2>Memory by part</h2>",
+        f'<div class="wide"><table class="parts">{head}{rows}</table></div><p class="lead">{told}</p>',
     ]
 
 

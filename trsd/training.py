@@ -31,6 +31,7 @@ from trsd.interruption import Interrupted, Interruption
 from trsd.job import Job, with_teacher
 from trsd.loop import Loop
 from trsd.memory import OutOfMemory, out_of_memory_says, turned_down
+from trsd.memory_parts import memory_by_part
 from trsd.methods import Method
 from trsd.metrics import MetricsLog, progress_bar, say, step_line
 from trsd.model_card import ModelCard
@@ -223,7 +224,9 @@ def _run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) ->
         after = evaluate_student(job, readable, "after", before and before["percent_of"], checkpoint)
         trackers.log(last, evaluation_figures(after))
     if ranks.is_main:
-        finish(job, before, after, checkpoint, seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        parts = memory_by_part(recipe, method.traces, target=job.device) if ranks.size == 1 else {}
+        finish(job, before, after, checkpoint, seconds=seconds, memory_parts=parts)
     return output_dir
 
 
@@ -243,11 +246,17 @@ def input_fingerprint(job: Job) -> tuple[Any, ...]:
 
 
 def finish(
-    job: Job, before: dict[str, Any] | None, after: dict[str, Any] | None, checkpoint: Path, *, seconds: float
+    job: Job,
+    before: dict[str, Any] | None,
+    after: dict[str, Any] | None,
+    checkpoint: Path,
+    *,
+    seconds: float,
+    memory_parts: dict[str, float],
 ) -> None:
     """Write totals and report, and say where everything is."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    totals = {"seconds": seconds, "peak_memory_gib": peak}
+    totals = {"seconds": seconds, "peak_memory_gib": peak, "memory_parts_gib": memory_parts}
     if job.device == "cuda":
         totals["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     write_json(job.output_dir / "totals.json", totals)
