@@ -103,7 +103,7 @@ def test_a_local_file_comes_before_a_benchmark_and_a_folder_does_not(hub, tokeni
         load_data("gsm8k", tokenizer=tokenizer, think=think)
     Path("owner").mkdir()
     Path("owner/name").mkdir()
-    with pytest.raises(FileNotFoundError, match="no data file at owner/name"):
+    with pytest.raises(InputError, match="owner/name is a folder: expected a .jsonl or .parquet file"):
         load_data("owner/name", tokenizer=tokenizer, think=think)
 
 

@@ -70,13 +70,15 @@ def test_report_is_one_well_formed_page_that_needs_nothing_else(tiny_run):
     page = Page()
     page.feed(text)
     assert page.open == []
-    assert len(page.addresses) == 2 and all(a.startswith("data:image/png;base64,") for a in page.addresses)
+    assert len(page.addresses) == 3 and all(a.startswith("data:image/png;base64,") for a in page.addresses)
     for wanted in (
         "Accuracy against thinking budget",
         "area under the curve",
         "learning_rate:",
         "torch",
         "Side by side",
+        "How long it thinks",
+        "Memory by part",
     ):
         assert wanted in text
     assert "http" not in re.sub(r"base64,[^\"]*", "", text)
