@@ -62,6 +62,29 @@ def test_a_hosted_tracker_gets_recipe_and_steps_and_a_resumed_run_its_name_again
         assert hosted.options["config"] == {"seed": 0} and hosted.options["resume"] == "allow"
         names.append(hosted.options["id"])
     assert names[0] == names[1]
+    with Trackers(("wandb",), tmp_path, {}, first_step=0):  # begun again in the same place, another run
+        assert hosted.options["id"] != names[0]
+
+
+def test_runs_in_folders_of_one_name_are_two_to_trackio(tmp_path, monkeypatch):
+    hosted = Hosted()
+    monkeypatch.setitem(sys.modules, "trackio", hosted)
+    names = []
+    for folder in (tmp_path / "a" / "run", tmp_path / "b" / "run"):
+        folder.mkdir(parents=True)
+        with Trackers(("trackio",), folder, {}, first_step=0):
+            names.append(hosted.options["name"])
+    assert names[0] != names[1] and all(name.startswith("run-") for name in names)
+
+
+def test_a_folder_of_its_name_is_no_installed_package(tmp_path, monkeypatch):
+    (tmp_path / "trackio").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    if trackers.find_spec("trackio").origin:
+        pytest.skip("trackio is installed")
+    with pytest.raises(ImportError, match=r"trsd\[tracking\]"):
+        require_trackers(("trackio",))
 
 
 def test_one_that_fails_is_said_once_and_the_others_go_on(tmp_path, monkeypatch, capsys):

@@ -4,15 +4,18 @@ A tracker gets the recipe, every step's figures and the accuracy of both evaluat
 in the same tracker's run. A tracker that fails is said once and left out; training goes on.
 """
 
-import hashlib
 import sys
+import uuid
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from trsd.files import write_text
+
 PROJECT = "trsd"
+KEY_FILE = "tracker_key"
 NONE = "none"
 
 
@@ -64,14 +67,25 @@ class _Hosted:
 def _wandb(output_dir: Path, config: dict[str, Any], first_step: int) -> Tracker:
     import wandb
 
-    name = hashlib.sha256(str(output_dir.resolve()).encode()).hexdigest()[:16]  # the same when the run is resumed
-    return _Hosted(wandb, id=name, name=output_dir.name, dir=str(output_dir), config=config)
+    key = _key_of(output_dir, first_step)
+    return _Hosted(wandb, id=key, name=output_dir.name, dir=str(output_dir), config=config)
 
 
 def _trackio(output_dir: Path, config: dict[str, Any], first_step: int) -> Tracker:
     import trackio
 
-    return _Hosted(trackio, name=output_dir.name, config=config)
+    key = _key_of(output_dir, first_step)  # trackio goes on with a run by its name, and other folders are called alike
+    return _Hosted(trackio, name=f"{output_dir.name}-{key}", config=config)
+
+
+def _key_of(output_dir: Path, first_step: int) -> str:
+    """What names the run to a service: drawn when it begins, and kept in its folder for when it goes on."""
+    path = output_dir / KEY_FILE
+    if first_step and path.exists():
+        return path.read_text(encoding="utf-8").strip()
+    key = uuid.uuid4().hex[:12]
+    write_text(path, key + "\n")
+    return key
 
 
 KINDS: dict[str, Callable[[Path, dict[str, Any], int], Tracker]] = {
@@ -91,8 +105,13 @@ def tracker_problems(names: Sequence[str]) -> list[str]:
 
 def require_trackers(names: Sequence[str]) -> None:
     """Raise ImportError, before any work, where the package of one is not installed."""
-    if missing := [name for name in names if name in KINDS and find_spec(name) is None]:
+    if missing := [name for name in names if name in KINDS and not _is_installed(name)]:
         raise ImportError(f"report_to {', '.join(missing)} needs a package: pip install 'trsd[tracking]'")
+
+
+def _is_installed(name: str) -> bool:
+    spec = find_spec(name)
+    return spec is not None and spec.origin is not None  # a mere folder here, such as wandb makes, has no origin
 
 
 class Trackers:
