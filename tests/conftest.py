@@ -43,11 +43,11 @@ def think(tokenizer):
     return ThinkFormat.of(tokenizer)
 
 
-def make_tiny_model(tokenizer, *, seed=0, dtype=torch.float32, tie=True):
+def make_tiny_model(tokenizer, *, seed=0, dtype=torch.float32, tie=True, hidden_size=64, vocab_size=None):
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
+        vocab_size=vocab_size or len(tokenizer),
+        hidden_size=hidden_size,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -13,9 +13,9 @@ from trsd.student_loss import StudentLoss
 from trsd.teachers import OnlineTeacher
 
 
-def padded_model(tokenizer, *, seed):
+def padded_model(tokenizer, **shape):
     """The tiny model as other trainers run it."""
-    model = make_tiny_model(tokenizer, seed=seed)
+    model = make_tiny_model(tokenizer, **shape)
     model.set_attn_implementation("sdpa")
     return model
 

@@ -6,6 +6,7 @@ import pytest
 from scripted import Scripted
 from test_evaluate import questions
 
+from trsd import training
 from trsd.decoding import Decoder
 from trsd.evaluate import evaluate
 from trsd.files import write_json, write_text
@@ -91,3 +92,13 @@ def test_parts_of_a_run_are_those_of_its_plan(run, capsys):
     assert parts["student weights"] * 2**30 == pytest.approx(tiny, rel=0.1)
     assert parts["optimizer state"] == pytest.approx(2 * parts["student weights"], rel=0.01)
     assert "Memory by part" in (folder / "report.html").read_text()
+
+
+def test_parts_that_cannot_be_counted_cost_no_finished_run(run, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise KeyError("odd")
+
+    monkeypatch.setattr(training, "memory_by_part", fail)
+    text = (run(max_steps=1) / "report.html").read_text()
+    assert "Memory by part" not in text and "Traces left out" in text
+    assert "note: the report has no memory by part" in capsys.readouterr().out

@@ -10,15 +10,13 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from fake_server import free_port
-from test_vllm_engine import ENVIRONMENT, PYTHON, QUESTIONS, _wait_for, pytestmark  # noqa: F401
+from test_vllm_engine import ENVIRONMENT, PYTHON, QUESTIONS, pytestmark, serving  # noqa: F401
 
 from trsd.decoding import Decoder, Limits
 from trsd.engines.folder import decoding_facts
@@ -111,29 +109,11 @@ def blocks(checkpoint, language):
 @pytest.fixture(scope="module")
 def server(checkpoint):
     """The URL of what the card's own command serves, on a free port."""
-    port = free_port()
     (command,) = blocks(checkpoint, "bash")
     words = shlex.split(command.replace("\\\n", " "))
     assert words[:3] == ["vllm", "serve", "."]
-    # The build for CPUs does not find its own version, and so has no command line but this one.
-    words = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", *words[2:], *OPTIONS]
-    process = subprocess.Popen(
-        [*words, "--host", "127.0.0.1", "--port", str(port)],
-        cwd=checkpoint,
-        env=os.environ | ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        _wait_for(f"http://127.0.0.1:{port}/health", process)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+    with serving(["--model", *words[2:], *OPTIONS], cwd=checkpoint) as url:
+        yield url
 
 
 def num_alike(found, ours):

@@ -4,6 +4,7 @@ Run as a program by a Python that has vLLM, this file writes what ``VLLMEngine``
 read: vLLM starts once. The reasoner's folder gets sampling defaults of its own, which must change nothing.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -154,18 +155,16 @@ def offline(folder, tmp_path_factory):
     return json.loads(target.read_text())
 
 
-@pytest.fixture(scope="module")
-def server(folder):
-    """The URL of ``vllm serve`` on a free port."""
+@contextlib.contextmanager
+def serving(words, cwd=None):
+    """Inside, vLLM's server with these ``words`` of its command line answers; the URL, on a free port."""
     from fake_server import free_port
 
     port = free_port()
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
-    command += ["--served-model-name", "reasoner", "--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1"]
-    command += ["--max-num-seqs", "8", "--max-model-len", "512"]
-    # Its own group, so that all of its processes can be ended.
+    # Its own group, so that all of its processes can be ended. The build for CPUs has no command line but this one.
     process = subprocess.Popen(
-        command,
+        [PYTHON, "-m", "vllm.entrypoints.openai.api_server", *words, "--host", "127.0.0.1", "--port", str(port)],
+        cwd=cwd,
         env=os.environ | ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -180,6 +179,14 @@ def server(folder):
             process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """The URL of what ``vllm serve`` is."""
+    limits = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8", "--max-model-len", "512"]
+    with serving(["--model", str(folder), "--served-model-name", "reasoner", *limits]) as url:
+        yield url
 
 
 def _wait_for(url, process, seconds=240):

@@ -4,19 +4,21 @@ from collections.abc import Sequence
 from statistics import median
 
 from trsd.ceilings import known
-from trsd.errors import InputError
 from trsd.planning import CLOSER, placement_of, planned_traces, step_cost
 from trsd.recipe import Recipe
 from trsd.traces import Trace
 
 
 def memory_by_part(recipe: Recipe, traces: Sequence[Trace], *, target: str) -> dict[str, float]:
-    """GiB of one process by part, at the step's fullest moment; empty for a model that cannot be planned.
+    """GiB of one process by part, at the step's fullest moment.
 
     Args:
         recipe: of the run.
         traces: those it learns, of whose parts' lengths the medians are taken.
         target: "cpu" or "cuda".
+
+    Raises:
+        InputError: a model that cannot be planned.
     """
     prompt, reasoning, answer = (
         int(median(lengths))
@@ -26,10 +28,7 @@ def memory_by_part(recipe: Recipe, traces: Sequence[Trace], *, target: str) -> d
         )
     )
     lengths = max(1, prompt), max(len(CLOSER), reasoning), max(1, answer)
-    try:
-        resolved = placement_of(recipe, target=target).recipe
-        planned = planned_traces(resolved.train_batch_size, lengths)
-        cost = step_cost(resolved, planned, known("H100"), target=target)  # of which only the bytes are asked
-    except (InputError, OSError):
-        return {}
+    resolved = placement_of(recipe, target=target).recipe
+    planned = planned_traces(resolved.train_batch_size, lengths)
+    cost = step_cost(resolved, planned, known("H100"), target=target)  # of which only the bytes are asked
     return {name: size / 2**30 for name, size in cost.held.items() if size}

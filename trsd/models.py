@@ -235,8 +235,8 @@ def check_logits(model: PreTrainedModel) -> None:
 
 def refuse_other_logits(model: PreTrainedModel, hidden_states: Tensor, logits: Tensor) -> None:
     """Raise unless ``logits`` are what ``logit_options`` makes of ``hidden_states``, both of ``model``."""
-    theirs = logits.double()
-    ours = (hidden_states @ model.get_output_embeddings().weight.T).double()
+    theirs, head = logits.double(), model.get_output_embeddings()
+    ours = torch.nn.functional.linear(hidden_states, head.weight, getattr(head, "bias", None)).double()
     options = logit_options(model.config, "model")
     ours = ours * options.get("model_logit_scale", 1.0)
     if cap := options.get("model_logit_softcap"):

@@ -225,7 +225,7 @@ def _run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) ->
         trackers.log(last, evaluation_figures(after))
     if ranks.is_main:
         seconds = time.perf_counter() - start
-        parts = memory_by_part(recipe, method.traces, target=job.device) if ranks.size == 1 else {}
+        parts = memory_parts(recipe, method, job.device) if ranks.size == 1 else {}
         finish(job, before, after, checkpoint, seconds=seconds, memory_parts=parts)
     return output_dir
 
@@ -243,6 +243,15 @@ def input_fingerprint(job: Job) -> tuple[Any, ...]:
     files = [file for folder in job.folders for file in sorted(folder.glob("*.safetensors"))]
     sizes = tuple((file.name, file.stat().st_size) for file in files)
     return file_sha256(job.output_dir / "traces" / "train.jsonl"), sizes
+
+
+def memory_parts(recipe: Recipe, method: Method, device: str) -> dict[str, float]:
+    """``memory_by_part``; what goes wrong there is said, and costs no report of a finished run."""
+    try:
+        return memory_by_part(recipe, method.traces, target=device)
+    except Exception as error:
+        say(f"note: the report has no memory by part, which cannot be counted here ({error})")
+        return {}
 
 
 def finish(

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trsd.errors import InputError
-from trsd.models import logit_options, refuse_other_logits
+from trsd.integrations.cut_rows import IGNORE
+from trsd.models import PACKED_ATTENTION, logit_options, refuse_other_logits
 from trsd_kernels import LinearDistillationOutput, fused_linear_distillation
 
-IGNORE = -100
 T = TypeVar("T")
 
 
@@ -32,15 +32,14 @@ def add_forward_distill(model: PreTrainedModel, *, check: bool = True) -> PreTra
     Args:
         model: a causal LM of transformers, or a PEFT model around one.
         check: run four tokens to see that the model's logits are what the loss takes them for. Without weights, or with
-            sharded ones, there is nothing to run.
+            sharded ones, there is nothing to run: then False.
 
     Raises:
-        InputError: it has no lm_head that is a linear layer, no decoder to run without it, or does to its logits what
-            the loss does not know.
+        InputError: it has no lm_head that is a linear layer, no decoder to run without it, runs packed rows, or does to
+            its logits what the loss does not know.
     """
-    _body_and_head(model)
     if check:
-        _check_logits(model)
+        check_model(model)
     model.forward_distill = MethodType(forward_distill, model)
     return model
 
@@ -81,8 +80,8 @@ def forward_distill(
     Raises:
         ValueError: shapes that do not fit, or a head that is sharded where this was called.
     """
-    body, head = _body_and_head(model)
-    hidden = _hidden_states(body, input_ids, attention_mask, position_ids)[:, :-1].flatten(0, 1)
+    _, head = _body_and_head(model)
+    hidden = hidden_states_of(model, input_ids, attention_mask, position_ids)[:, :-1].flatten(0, 1)
     labels = _shifted(labels, input_ids)
     weights = options.pop("token_weights", None)
     weights = None if weights is None else _shifted(weights, input_ids)
@@ -145,8 +144,8 @@ def teacher_targets(
     Returns:
         Keyword arguments of ``forward_distill``.
     """
-    body, head = _body_and_head(teacher)
-    hidden = _hidden_states(body, input_ids, attention_mask, position_ids)
+    _, head = _body_and_head(teacher)
+    hidden = hidden_states_of(teacher, input_ids, attention_mask, position_ids)
     if labels is not None:
         hidden = hidden[:, :-1].flatten(0, 1)[_shifted(labels, input_ids) != ignore_index]
     found = {"teacher_hidden_states": hidden, "teacher_lm_head_weight": head.weight.detach()}
@@ -175,37 +174,42 @@ def run_through(wrapper: nn.Module, model: nn.Module, call: Callable[..., T], *a
         model.forward = forward
 
 
-def _body_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = getattr(base, "get_output_embeddings", lambda: None)()
-    body = getattr(base, "get_decoder", lambda: None)()
-    if not isinstance(head, nn.Linear):
-        raise InputError(
-            f"{type(base).__name__} has no lm_head that is a linear layer, but {type(head).__name__}: expected a "
-            "causal language model of transformers"
-        )
-    if body is None or body is base:
-        raise InputError(f"{type(base).__name__} has no decoder of its own to run without its lm_head")
-    return body, head
-
-
 @torch.no_grad()
-def _check_logits(model: PreTrainedModel) -> None:
-    """Raise InputError unless the model's logits are softcap * tanh(scale * lm_head(hidden states) / softcap)."""
-    body, head = _body_and_head(model)
+def check_model(model: PreTrainedModel) -> None:
+    """Raise InputError for a model that cannot be run here, or whose logits are not what the loss takes them for."""
+    name, (_, head) = type(model).__name__, _body_and_head(model)
+    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+        raise InputError("an adapter of virtual tokens acts outside the body that is run: choose one of weights")
+    if getattr(model.config, "_attn_implementation", None) == PACKED_ATTENTION:
+        raise InputError(f'{name} runs packed rows: call its set_attn_implementation("sdpa") first')
     training = model.training
     model.eval()
     try:
-        ids = torch.arange(4, device=head.weight.device)[None]
-        refuse_other_logits(model, _hidden_states(body, ids, None, None), model(input_ids=ids, use_cache=False).logits)
+        ids = torch.arange(1, 5, device=head.weight.device)[None]
+        refuse_other_logits(model, hidden_states_of(model, ids), model(input_ids=ids, use_cache=False).logits)
     finally:
         model.train(training)
 
 
-def _hidden_states(body: nn.Module, input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-    return body(
-        input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False
-    ).last_hidden_state  # [batch, length, hidden_size]
+def hidden_states_of(
+    model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
+) -> Tensor:
+    """What the lm_head of ``model`` would be given of a padded batch, [batch, length, hidden_size]."""
+    body, _ = _body_and_head(model)
+    return body(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+
+
+def _body_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    body = getattr(model, "get_decoder", lambda: None)()
+    if not isinstance(head, nn.Linear) or hasattr(head, "base_layer"):
+        raise InputError(
+            f"{type(model).__name__} has no lm_head that is a plain linear layer, but {type(head).__name__}: expected "
+            "a causal language model of transformers, and an adapter that leaves its head out"
+        )
+    if body is None or body is model:
+        raise InputError(f"{type(model).__name__} has no decoder of its own to run without its lm_head")
+    return body, head
 
 
 def _shifted(values: Tensor, input_ids: Tensor) -> Tensor:

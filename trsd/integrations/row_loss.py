@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trsd.errors import InputError
+from trsd.integrations.causal_lm import check_model, hidden_states_of
 from trsd.integrations.cut_rows import IGNORE, THINKING
-from trsd.models import PACKED_ATTENTION, logit_options, refuse_other_logits
+from trsd.models import logit_options
 from trsd.objective import Objective
 from trsd.teachers import HiddenTargets
 from trsd_kernels import LinearDistillationOutput
@@ -128,7 +129,7 @@ class RowLoss:
         """The loss of ``batch``, which ``CutRowCollator`` made; ``counts``: of the whole step, None: of this batch."""
         counts = counts or row_counts(batch)
         targets = None if self.teacher is None else self._targets(batch)
-        hidden = _states(student, batch["input_ids"], batch["attention_mask"])
+        hidden = hidden_states_of(student, batch["input_ids"], batch["attention_mask"])
         head = plain_head(student).weight
         found = self._term(self.objective, hidden, head, targets, batch, "labels", counts.items)
         if THINKING not in batch or self.thinking_weight == 0:
@@ -164,7 +165,7 @@ class RowLoss:
     def _targets(self, batch: Mapping[str, Tensor]) -> HiddenTargets:
         if self.teacher.device != batch["input_ids"].device:
             self.teacher.to(batch["input_ids"].device)
-        hidden = _states(self.teacher, batch["teacher_input_ids"], batch["teacher_attention_mask"])
+        hidden = hidden_states_of(self.teacher, batch["teacher_input_ids"], batch["teacher_attention_mask"])
         learnt = _learnt(batch, "teacher_labels")
         return HiddenTargets(hidden[:, :-1][learnt], plain_head(self.teacher).weight)
 
@@ -181,19 +182,10 @@ def plain_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
-@torch.no_grad()
 def check_logits_of_rows(model: PreTrainedModel) -> None:
     """Raise for a model whose rows cannot be run here, or whose logits are not what the loss takes them for."""
     plain_head(model)
-    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
-        raise InputError("an adapter of virtual tokens acts outside the body that is run: choose one of weights")
-    if getattr(model.config, "_attn_implementation", None) == PACKED_ATTENTION:
-        raise InputError(f'{type(model).__name__} runs packed rows: call its set_attn_implementation("sdpa") first')
-    was_training = model.training
-    model.eval()
-    ids = torch.arange(1, 5, device=model.device)[None]
-    refuse_other_logits(model, _states(model, ids, torch.ones_like(ids)), model(input_ids=ids, use_cache=False).logits)
-    model.train(was_training)
+    check_model(model)
 
 
 def _learnt(batch: Mapping[str, Tensor], name: str) -> Tensor:
@@ -201,9 +193,3 @@ def _learnt(batch: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in batch:
         return torch.zeros_like(batch["labels"][:, 1:], dtype=torch.bool)
     return batch[name][:, 1:] != IGNORE
-
-
-def _states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states [num_rows, num_tokens, hidden_size]."""
-    body = model.get_decoder()
-    return body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
