@@ -37,7 +37,7 @@ from trsd.recipe import budget_problems, resolve_budgets
 from trsd.responses import grade_file
 from trsd.statistics import accuracy_figures, area_under_curve
 
-NUM_EXAMPLES = 6
+NUM_EXAMPLES = 24
 
 
 def evaluate(

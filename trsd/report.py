@@ -24,6 +24,7 @@ LOSS_TERMS = {
     "cross_entropy": "{learnt}: cross-entropy",
     "thinking_cross_entropy": "reasoning shown: cross-entropy",
 }
+SHOWN = 6  # examples
 LEARNT = {"trsd": "answers", "palign": "prefix and completion"}
 STYLE = """
 body{font:16px/1.55 system-ui,sans-serif;color:#1f2937;max-width:60rem;margin:2rem auto;padding:0 1rem}
@@ -199,11 +200,13 @@ def _memory(run_dir: Path) -> list[str]:
 
 
 def _side_by_side(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
-    """The examples, those first in which the trained model stops earlier."""
+    """Some of the examples, those first in which the trained model stops earlier."""
     pairs = sorted(zip(before, after, strict=True), key=lambda p: p[1]["thinking_tokens"] - p[0]["thinking_tokens"])
     earlier = sum(new["thinking_tokens"] < old["thinking_tokens"] for old, new in pairs)
-    told = f"In {earlier} of these {len(pairs)} the trained model stops thinking earlier."
-    return [f'<p class="lead">{told}</p>', *(_example(*pair) for pair in pairs)]
+    told = (
+        f"In {earlier} of the first {len(pairs)} questions the trained model stops thinking earlier; those come first."
+    )
+    return [f'<p class="lead">{told}</p>', *(_example(*pair) for pair in pairs[:SHOWN])]
 
 
 def _example(before: dict[str, Any], after: dict[str, Any]) -> str:
