@@ -1,5 +1,6 @@
 """``python -m trsd``: what it lists, what it runs, and how soon it answers."""
 
+import json
 import os
 import resource
 import runpy
@@ -125,9 +126,25 @@ def test_a_commands_exit_code_is_its_own():
     ids=" ".join,
 )
 def test_what_needs_no_model_is_answered_before_torch_is_imported(words):
-    result = python("-X", "importtime", "-m", *words)
+    assert not {"torch", "transformers", "numpy"} & imported_by("-m", *words)
+
+
+def test_comparing_two_evaluations_needs_no_torch(tmp_path):
+    results = {"question_ids": ["a", "b"], "unconstrained": {"correct": [[True], [False]]}}
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path in paths:
+        path.write_text(json.dumps(results))
+    words = ["trsd.compare", *map(str, paths), "--output_dir", str(tmp_path / "out")]
+    assert not {"torch", "transformers"} & imported_by("-m", *words)
+    assert (tmp_path / "out" / "comparison.html").is_file()
+
+
+def imported_by(*words):
+    """The modules that a run of Python imports."""
+    result = python("-X", "importtime", *words)
     imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if "import time:" in line}
-    assert "trsd" in imported and not {"torch", "transformers", "numpy"} & imported
+    assert "trsd" in imported
+    return imported
 
 
 def test_the_list_takes_less_than_300_milliseconds():

@@ -1,3 +1,4 @@
+import html
 import json
 
 import pytest
@@ -6,6 +7,7 @@ from scripted import Scripted
 from test_evaluate import questions
 
 from trsd.compare import compare, main, read_evaluation, table
+from trsd.comparison_page import _shortened
 from trsd.decoding import Decoder
 from trsd.evaluate import evaluate
 from trsd.evaluate import main as evaluate_main
@@ -186,7 +188,60 @@ def evaluated(tmp_path, tokenizer, think):
 def test_evaluate_compares_what_two_words_name_and_draws_both_curves(evaluated, tmp_path, capsys):
     evaluate_main(["--compare", *map(str, evaluated), "--output_dir", str(tmp_path / "out")])
     assert "B - A" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"comparison.json", "table.txt", "curve.png"}
+    made = {"comparison.html", "comparison.json", "table.txt", "curve.png", "lengths.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == made
     words = ["--compare", *map(str, evaluated), "--budgets", "0"]
     assert "leave out --budgets" in refusal(capsys, lambda: evaluate_main(words))
     assert "--compare" in refusal(capsys, lambda: evaluate_main(words[:2]))
+
+
+def page_of(folders, tmp_path):
+    main([*map(str, folders), "--output_dir", str(tmp_path / "out")])
+    return (tmp_path / "out" / "comparison.html").read_text()
+
+
+def test_page_shows_table_curves_lengths_and_answers_and_needs_nothing_else(evaluated, tmp_path, capsys):
+    page = page_of(evaluated, tmp_path)
+    assert "http" not in page and "<script" not in page and page.count("<img") == 2
+    assert "2 questions, paired.<br>A: a (" in page and "unconstrained accuracy<b>0.500 → 0.500" in page
+    # One is right of "3" and the other of "4", so all differ and none is better.
+    assert "<td>free</td><td></td><td>0.500</td><td>0.500</td><td>+0.000</td>" in page
+    assert "Of the first 2 questions B stops thinking earlier in 0 and is right at more budgets in 1;" in page
+    assert '<td>2 (2)</td><td class="right">3</td><td class="wrong">4</td>' in page
+
+
+def test_page_shows_the_budgets_and_questions_that_both_have(evaluated, tmp_path, capsys):
+    path = evaluated[1] / "evaluation.json"
+    stored = json.loads(path.read_text())
+    first, second = stored["examples"]
+    second["at_budgets"][0] |= {"budget": "elsewhere"}
+    path.write_text(json.dumps(stored | {"model": "<b>", "examples": [second, first | {"question": "another"}]}))
+    page = page_of(evaluated, tmp_path)
+    assert "Of the first 1 questions" in page and "elsewhere" not in page and page.count("(answer 4)") == 1
+    assert "B: &lt;b&gt; (" in page
+
+
+def test_page_of_per_question_results_alone_is_the_table(write, tmp_path, capsys):
+    page = page_of([write("a.json", evaluation(ONE)), write("b.json", evaluation(OTHER, half=(8, ONE)))], tmp_path)
+    assert "<td>+0.250</td>" in page and "only B has the budgets half" in page
+    assert "<img" not in page and "Side by side" not in page
+
+
+def test_table_and_page_say_the_same(write, tmp_path, capsys):
+    first = evaluation(ONE, half=(8, ONE))
+    second = evaluation(OTHER, half=(12, OTHER)) | {"closer": "other"}
+    page = page_of([write("a.json", first), write("b.json", second)], tmp_path)
+    told = (tmp_path / "out" / "table.txt").read_text().strip().split("\n")
+    assert "4 questions, paired" in told and "warning: closer differs, None and other" in " ".join(told)
+    assert all(html.escape(line) in page for line in told[told.index("4 questions, paired") :])
+
+
+def test_questions_gained_at_budgets_come_before_those_that_are_not(evaluated, tmp_path, capsys):
+    page = page_of(evaluated, tmp_path)
+    gained, lost = page.index("(answer 4)"), page.index("(answer 3)")
+    assert gained < lost
+
+
+def test_names_too_long_for_a_legend_keep_their_ends():
+    assert _shortened("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert _shortened("/a/very/long/way/to/runs/mine/checkpoint-200") == "…to/runs/mine/checkpoint-200"

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from trsd.batching import Example, pack_examples
 from trsd.errors import InputError
-from trsd.ranks import Ranks, launched_ranks
+from trsd.launch import launched_ranks
+from trsd.ranks import Ranks
 from trsd.row_shares import share_rows
 from trsd_kernels.layout import pack_sequences
 

@@ -46,7 +46,7 @@ def test_traces_stand_side_by_side_those_that_stop_earlier_first_and_as_text(unc
     for name in (RECIPE_FILE, ENVIRONMENT_FILE):
         write_text(tmp_path / name, "{}\n")
     text = write_report(tmp_path).read_text()
-    assert "In 1 of the first 2 questions the trained model stops thinking earlier" in text
+    assert "Of the first 2 questions the trained model stops thinking earlier in 1 and is right at more" in text
     assert "<script" not in text and "&lt;script&gt;alert(1)" in text
     assert text.index("after: 1 tokens") < text.index(f"after: {first['thinking_tokens']} tokens")
 

@@ -19,7 +19,7 @@ import tyro
 
 from trsd.analysis_plots import plot_analysis
 from trsd.analysis_summary import markdown, quartiles, summarize, summarize_ratios
-from trsd.command import run_command
+from trsd.command import run_model_command
 from trsd.data import describe_drops
 from trsd.derivation_judge import DerivationJudge
 from trsd.errors import InputError
@@ -69,7 +69,7 @@ class AnalyzeArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Analyse from the command line; input that cannot be used exits with code 2."""
-    run_command(AnalyzeArguments, run, prog="python -m trsd.analyze", argv=argv)
+    run_model_command(AnalyzeArguments, run, prog="python -m trsd.analyze", argv=argv)
 
 
 def run(args: AnalyzeArguments) -> dict[str, Any]:

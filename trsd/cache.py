@@ -12,11 +12,11 @@ import torch
 
 from trsd.errors import InputError, message_of
 from trsd.job import Job, with_teacher
+from trsd.launch import refuse_ranks
 from trsd.memory import OutOfMemory, out_of_memory_says, turned_down
 from trsd.models import quieten_transformers
 from trsd.prepare import build_method, prepare_traces
 from trsd.prepare_teacher import describe_cache, prepare_teacher
-from trsd.ranks import refuse_ranks
 from trsd.recipe import Recipe
 from trsd.recipe_file import fail, parse_recipe, recipe_as_yaml
 from trsd.run import alone_in, discard_unbegun, open_run, with_output_dir

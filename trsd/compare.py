@@ -5,7 +5,8 @@ and RUN/eval/after.json, and RUN alone stands for the latter. For unconstrained 
 table shows both accuracies, how much more accurate B is, that difference's 95 % bootstrap interval over questions and
 the p-value of a paired sign-flip test (``statistics.py``). Questions are paired by their ids, since hard and easy
 questions are so to both models: the difference is known better than either accuracy. Mean tokens are known over all
-questions of an evaluation alone, so there are none where some are left out.
+questions of an evaluation alone, so there are none where some are left out. With an output folder the same as a page
+(``comparison_page.py``).
 """
 
 import json
@@ -17,9 +18,9 @@ from typing import Annotated, Any
 import tyro
 
 from trsd.command import run_command
+from trsd.comparison_page import write_comparison
 from trsd.errors import InputError
 from trsd.files import write_json, write_text
-from trsd.plots import plot_curves
 from trsd.statistics import paired_difference
 
 WITHIN = ("evaluation.json", "eval/after.json")
@@ -50,6 +51,8 @@ class Evaluation:
     """The one without a budget first."""
     how: dict[str, Any]
     """What beside the model decides the results."""
+    stored: dict[str, Any]
+    """The file itself."""
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -72,6 +75,7 @@ def read_evaluation(path: Path) -> Evaluation:
         ids=ids,
         settings=[_setting(row, ids, path) for row in rows],
         how={name: stored[name] for name in HOW if name in stored},
+        stored=stored,
     )
 
 
@@ -185,7 +189,12 @@ def table(comparison: dict[str, Any]) -> str:
             f"{'[{low:+.3f}, {high:+.3f}]'.format(**row):<16}  {row['p_value']:>7.2g}  {row['num_differing']:>9}  "
             f"{means:>20}"
         )
-    lines.append(f"{comparison['num_questions']} questions, paired")
+    return "\n".join([*lines, *notes(comparison)])
+
+
+def notes(comparison: dict[str, Any]) -> list[str]:
+    """What a reader of the rows must know, a sentence each."""
+    lines = [f"{comparison['num_questions']} questions, paired"]
     if any(comparison["num_left_out"]):
         one, other = comparison["num_left_out"]
         lines.append(f"left out: {one} questions of A and {other} of B that the other does not have")
@@ -198,7 +207,7 @@ def table(comparison: dict[str, Any]) -> str:
         lines.append(
             "budgets of other lengths are percents of each model's own thinking: --percent_of makes them equal"
         )
-    return "\n".join(lines)
+    return lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,15 +221,8 @@ class CompareArguments:
     common: bool = False
     """Compare on the questions that both have, where they were not evaluated on the same."""
     output_dir: Path | None = None
-    """Where comparison.json, table.txt and a picture of both curves go; left out, only the table is printed."""
-
-
-def plot_both(paths: Sequence[Path], picture: Path) -> None:
-    """Both curves in one picture, where both have budgets and intervals."""
-    found = [json.loads(_file_of(path).read_text(encoding="utf-8")) for path in paths]
-    if all(each.get("budgets") and "low" in each["budgets"][0] for each in found):
-        names = (f"{letter}: {each.get('model', path)}" for letter, path, each in zip("AB", paths, found, strict=True))
-        plot_curves(dict(zip(names, found, strict=True)), picture)
+    """Where comparison.html, comparison.json, table.txt and a picture of both curves go; left out, only the table is
+    printed."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -230,14 +232,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: CompareArguments) -> None:
     """Read, compare, print and store."""
-    comparison = compare(read_evaluation(args.first), read_evaluation(args.second), common=args.common)
+    first, second = read_evaluation(args.first), read_evaluation(args.second)
+    comparison = compare(first, second, common=args.common)
     text = table(comparison)
     print(text)
     if args.output_dir:
         write_json(args.output_dir / "comparison.json", comparison)
         write_text(args.output_dir / "table.txt", text + "\n")
-        plot_both((args.first, args.second), args.output_dir / "curve.png")
-        print(f"written to {args.output_dir}")
+        page = write_comparison(args.output_dir, comparison, notes(comparison), first.stored, second.stored)
+        print(f"written to {args.output_dir}: look at {page}")
 
 
 if __name__ == "__main__":

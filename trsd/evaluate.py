@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from trsd import compare
-from trsd.command import run_command
+from trsd.command import run_model_command
 from trsd.data import Loaded, Question, describe_drops, load_data
 from trsd.decoding import Answer, Decoder, Limits
 from trsd.decoding_arguments import DecodingArguments, open_decoder, open_reader
@@ -323,7 +323,8 @@ class EvaluateArguments(DecodingArguments):
     budgets: tuple[str, ...] = ("0%", "25%", "50%", "75%", "100%")
     """Thinking budgets: tokens, or percent of the median unconstrained thinking; '' for unconstrained alone."""
     output_dir: Path | None = None
-    """Where evaluation.json, table.txt and curve.png go; left out, only the table is printed."""
+    """Where evaluation.json, table.txt and curve.png go, of --compare comparison.html and what is in it; left out, only
+    the table is printed."""
     percent_of: float | None = None
     """Token count that percents are taken of, to give two models the same budgets; left out, this model's median."""
     direct_baseline: bool = False
@@ -335,7 +336,7 @@ class EvaluateArguments(DecodingArguments):
 
 def main(argv: list[str] | None = None) -> None:
     """Evaluate from the command line; input that cannot be used exits with code 2."""
-    run_command(EvaluateArguments, run, prog="python -m trsd.evaluate", argv=argv)
+    run_model_command(EvaluateArguments, run, prog="python -m trsd.evaluate", argv=argv)
 
 
 def run(args: EvaluateArguments) -> None:

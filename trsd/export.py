@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trsd.command import run_command
+from trsd.command import run_model_command
 from trsd.errors import InputError
 from trsd.gguf_tokenizer import Vocabulary, vocabulary_of
 from trsd.merge import Checkpoint
@@ -234,7 +234,7 @@ def run(args: ExportArguments) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Export from the command line; input that cannot be used exits with code 2."""
-    run_command(ExportArguments, run, prog="python -m trsd.export", argv=argv)
+    run_model_command(ExportArguments, run, prog="python -m trsd.export", argv=argv)
 
 
 if __name__ == "__main__":

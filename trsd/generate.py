@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from trsd.command import run_command
+from trsd.command import run_model_command
 from trsd.data import NO_ANSWER, NO_CLOSE, Question, describe_drops, load_data
 from trsd.decoding import Answer, Decoder, Limits
 from trsd.decoding_arguments import DecodingArguments, Reader, open_decoder, open_reader
@@ -155,7 +155,7 @@ class GenerateArguments(DecodingArguments):
 
 def main(argv: list[str] | None = None) -> None:
     """Generate traces from the command line; input that cannot be used exits with code 2."""
-    run_command(GenerateArguments, run, prog="python -m trsd.generate", argv=argv)
+    run_model_command(GenerateArguments, run, prog="python -m trsd.generate", argv=argv)
 
 
 def run(args: GenerateArguments) -> None:

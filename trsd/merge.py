@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trsd.adapters import ADAPTER, CONFIG, PEFT_PREFIX, WEIGHTS
-from trsd.command import run_command
+from trsd.command import run_model_command
 from trsd.errors import InputError
 from trsd.files import share_like_folder, write_json
 from trsd.model_card import CARD, front_matter, serving_facts
@@ -295,7 +295,7 @@ def run(args: MergeArguments) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Average or merge from the command line; input that cannot be used exits with code 2."""
-    run_command(MergeArguments, run, prog="python -m trsd.merge", argv=argv)
+    run_model_command(MergeArguments, run, prog="python -m trsd.merge", argv=argv)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from trsd.errors import InputError
+from trsd.launch import launched_ranks
 
 # While rank 0 prepares, the others wait, maybe for hours; torchrun ends all ranks when one has failed.
 LONGEST_PREPARATION = timedelta(days=7)
@@ -119,21 +120,6 @@ class Ranks:
         return init_device_mesh(self.device, (self.size // shards, shards), mesh_dim_names=(REPLICAS, SHARDS))
 
 
-def launched_ranks() -> tuple[int, int]:
-    """(rank, number of ranks) that torchrun says; (0, 1) without it.
-
-    Raises:
-        InputError: an environment of torchrun's that is not whole.
-    """
-    size = os.environ.get("WORLD_SIZE", "1")
-    rank = os.environ.get("RANK", "0")
-    if not size.isdecimal() or not rank.isdecimal() or not 0 <= int(rank) < int(size):
-        raise InputError(f"RANK {rank} and WORLD_SIZE {size} are no rank of a run: start it by torchrun")
-    if int(size) > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise InputError(f"WORLD_SIZE is {size} and MASTER_ADDR or MASTER_PORT is missing: start it by torchrun")
-    return int(rank), int(size)
-
-
 @contextmanager
 def open_ranks(timeout_seconds: int) -> Iterator[Ranks]:
     """The ranks of this run, joined as long as the context lasts.
@@ -164,12 +150,6 @@ def open_ranks(timeout_seconds: int) -> Iterator[Ranks]:
         yield Ranks(rank, size, device, patient, savers)
         dist.barrier(group=patient)
     dist.destroy_process_group()  # not after an error: it would wait for those that are gone
-
-
-def refuse_ranks(command: str) -> None:
-    """Raise InputError in a command that runs in one process when torchrun started several."""
-    if launched_ranks()[1] > 1:
-        raise InputError(f"{command} runs in one process: start it without torchrun")
 
 
 @contextmanager

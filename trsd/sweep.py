@@ -23,12 +23,12 @@ from trsd.errors import InputError, message_of
 from trsd.evaluate import evaluate
 from trsd.files import write_json, write_text
 from trsd.job import Job
+from trsd.launch import refuse_ranks
 from trsd.memory import OutOfMemory
 from trsd.methods.lsp import learnable
 from trsd.metrics import read_metrics
 from trsd.models import quieten_transformers
 from trsd.prepare import sections, share_traces
-from trsd.ranks import refuse_ranks
 from trsd.recipe import Recipe
 from trsd.recipe_file import fail, names_a_job, parse_recipe, recipe_as_yaml
 from trsd.run import FREE_TO_CHANGE, RECIPE_FILE, discard_unbegun

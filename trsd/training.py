@@ -29,6 +29,7 @@ from trsd.files import write_json
 from trsd.guards import NonFiniteError
 from trsd.interruption import Interrupted, Interruption
 from trsd.job import Job, with_teacher
+from trsd.launch import launched_ranks
 from trsd.loop import Loop
 from trsd.memory import OutOfMemory, out_of_memory_says, turned_down
 from trsd.memory_parts import memory_by_part
@@ -38,7 +39,7 @@ from trsd.model_card import ModelCard
 from trsd.models import quieten_transformers
 from trsd.prepare import build_method, prepare_traces
 from trsd.prepare_teacher import prepare_teacher, student_as_teacher
-from trsd.ranks import Ranks, ended_at_once, is_lost_rank, launched_ranks, open_ranks
+from trsd.ranks import Ranks, ended_at_once, is_lost_rank, open_ranks
 from trsd.recipe import Recipe
 from trsd.recipe_file import fail, recipe_as_yaml
 from trsd.report import summary, write_report
