@@ -18,7 +18,8 @@ from trsd.ceilings import Ceilings, known
 from trsd.loop_meter import LoopMeter
 from trsd.methods.lsp import LSP, SECTIONS
 from trsd.optim import build_optimizer
-from trsd.planning import planned_traces, shared_lengths
+from trsd.planned_lengths import shared_lengths
+from trsd.planning import planned_traces
 from trsd.recipe import Recipe
 from trsd.step_simulation import COPIES, STATE, TEACHER_WEIGHTS, WEIGHTS, MetaPlacement, build_on_meta, simulate_step
 from trsd.truncation import fraction, kept_length

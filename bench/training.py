@@ -31,7 +31,7 @@ from trsd.methods.trsd import branched_examples, cut_example, full_example
 from trsd.models import PACKED_ATTENTION
 from trsd.optim import build_optimizer
 from trsd.placement import Placement
-from trsd.planning import CLOSER, shared_lengths
+from trsd.planned_lengths import CLOSER, shared_lengths
 from trsd.recipe import Recipe, with_method_defaults
 from trsd.step_simulation import build_on_meta
 from trsd.teacher_cache import HiddenCache, build_hidden_cache

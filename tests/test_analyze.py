@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import REASONER, make_traces
 
-from trsd.analyze import main, tokenizer_folder
+from trsd.analysis import tokenizer_folder
+from trsd.analyze import main
 from trsd.data import NO_CLOSE
 from trsd.derivation_judge import DerivationJudge, read_number
 from trsd.errors import InputError

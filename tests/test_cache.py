@@ -18,7 +18,7 @@ from trsd.errors import InputError
 from trsd.job import Job
 from trsd.recipe import Recipe
 from trsd.row_shards import building_folder
-from trsd.sweep import sweep
+from trsd.sweeping import sweep
 from trsd.teachers import OnlineTeacher
 from trsd.traces import write_traces
 

@@ -122,6 +122,9 @@ def test_a_commands_exit_code_is_its_own():
         ["trsd.train", "--help"],
         ["trsd.train", "--dry_run"],
         ["trsd.train", "--learning_rte", "1"],
+        *([f"trsd.{name}", "--help"] for name in commands.COMMANDS if name not in ("evaluate", "compare", "report")),
+        ["trsd.generate", "--output", "t.jsonl", "--modle", "m"],
+        ["trsd.plan", "--modle", "m"],
     ],
     ids=" ".join,
 )
@@ -145,6 +148,20 @@ def imported_by(*words):
     imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if "import time:" in line}
     assert "trsd" in imported
     return imported
+
+
+def test_packages_beside_transformers_say_nothing_at_the_start_of_a_command():
+    """torchao, where it is installed, warns of libraries that were built for another Python or another GPU."""
+    assert python("-m", "trsd.plan", "--model", "bundled:reasoner", "--max_length", "64").stderr == ""
+
+
+def test_what_packages_log_after_they_were_imported_is_not_hidden():
+    code = (
+        "import logging; from trsd.command import import_quietly; from trsd.quiet import TALKATIVE; import_quietly(); "
+        "[logging.getLogger(name).warning('said by %s', name) for name in TALKATIVE]"
+    )
+    said = python("-c", code).stderr
+    assert "said by torchao" in said and "said by torch.utils._pytree" in said and "Failed" not in said
 
 
 def test_the_list_takes_less_than_300_milliseconds():

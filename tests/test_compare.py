@@ -9,8 +9,8 @@ from test_evaluate import questions
 from trsd.compare import compare, main, read_evaluation, table
 from trsd.comparison_page import _shortened
 from trsd.decoding import Decoder
-from trsd.evaluate import evaluate
 from trsd.evaluate import main as evaluate_main
+from trsd.evaluation import evaluate
 from trsd.files import write_json
 from trsd.statistics import paired_difference
 

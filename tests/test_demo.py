@@ -15,7 +15,7 @@ from trsd.decoding import Decoder
 from trsd.demo import make_student, problems
 from trsd.demo.problems import draw_problem, draw_problems, split_of
 from trsd.engines.hf import HFEngine
-from trsd.evaluate import evaluate
+from trsd.evaluation import evaluate
 from trsd.grading import grade
 from trsd.models import load_model, model_folder
 from trsd.thinking import ThinkFormat

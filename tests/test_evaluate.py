@@ -9,7 +9,9 @@ from scripted import Scripted, engine_of
 from trsd.data import Loaded, Question
 from trsd.decoding import Decoder
 from trsd.errors import InputError
-from trsd.evaluate import evaluate, graded_questions, main, table
+from trsd.evaluate import main
+from trsd.evaluation import evaluate, graded_questions
+from trsd.evaluation_table import table
 from trsd.statistics import accuracy_figures, area_under_curve, bootstrap_interval, pass_at_k
 
 
@@ -257,7 +259,7 @@ def test_a_budget_beyond_the_thinking_limit_is_refused_and_a_percent_held_to_it(
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("trsd.evaluate.open_reader", lambda args: pytest.fail("work was begun"))
+    monkeypatch.setattr("trsd.evaluation.open_reader", lambda args: pytest.fail("work was begun"))
     (tmp_path / "file").write_text("")
     words = ["--output_dir", str(tmp_path / "file")]
     assert "cannot be written to" in refusal(capsys, lambda: main(words))

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from trsd.decoding import Decoder, Limits
 from trsd.engines.hf import HFEngine
 from trsd.errors import InputError
-from trsd.export import export, main, refuse_unsupported
+from trsd.export import main
+from trsd.gguf_export import export, refuse_unsupported
 from trsd.gguf_tokenizer import HARD_TEXTS, PRE_TOKENIZERS, cuts, first_difference, vocabulary_of
 from trsd.model_card import CARD, ModelCard
 from trsd.models import load_model

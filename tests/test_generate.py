@@ -8,11 +8,11 @@ import pytest
 from conftest import make_tiny_model, make_traces
 from scripted import Scripted
 
-from trsd import generate
+from trsd import generate, generation
 from trsd.data import NO_ANSWER, Question
 from trsd.decoding import Decoder
 from trsd.demo.problems import draw_problems
-from trsd.generate import generate_traces, select_traces
+from trsd.generation import generate_traces, select_traces
 from trsd.models import tokenizer_fingerprint
 from trsd.traces import read_traces
 
@@ -159,14 +159,14 @@ def test_samples_differ_and_are_numbered(answering_folder, tmp_path, tokenizer):
 
 def test_one_output_is_made_with_one_setting(answering_folder, tmp_path, capsys, monkeypatch):
     questions, output = question_file(tmp_path / "q.jsonl"), tmp_path / "t.jsonl"
-    stop_after = generate.Journal.add
+    stop_after = generation.Journal.add
 
     def add(self, key, row):
         stop_after(self, key, row)
         if len(self) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate.Journal, "add", add)
+    monkeypatch.setattr(generation.Journal, "add", add)
     with pytest.raises(SystemExit) as exit_:
         generate.main(words_of(answering_folder, questions, output))
     assert exit_.value.code == 130 and "4 of 36 are kept" in capsys.readouterr().err

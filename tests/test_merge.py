@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from trsd.adapters import add_adapter
 from trsd.errors import InputError
-from trsd.merge import main, merge, merge_adapter
+from trsd.merge import main
+from trsd.merging import merge, merge_adapter
 from trsd.models import load_model
 
 

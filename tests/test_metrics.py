@@ -27,5 +27,5 @@ def test_an_interrupt_ends_a_command_without_a_traceback(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as exit_:
-        command.run_model_command(GenerateArguments, interrupted, prog="p", argv=["--output", "t.jsonl"])
+        command.run_command(GenerateArguments, interrupted, prog="p", argv=["--output", "t.jsonl"])
     assert exit_.value.code == 130 and re.fullmatch(r"\s*stopped\n", capsys.readouterr().err)

@@ -18,7 +18,7 @@ from trsd.decoding import Decoder, Limits
 from trsd.engines.hf import HFEngine
 from trsd.errors import InputError
 from trsd.manifest import replace_unloaded, verify, write_manifest
-from trsd.merge import merge, merge_adapter
+from trsd.merging import merge, merge_adapter
 from trsd.model_card import CARD, ModelCard, base_of, serving_facts
 from trsd.models import load_model
 from trsd.recipe import Recipe, with_method_defaults

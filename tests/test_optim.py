@@ -209,7 +209,8 @@ def test_fault_06_training_in_low_bits_resumes_bit_for_bit(low_bit, run, tmp_pat
 
 def test_a_plan_counts_the_moments_in_the_bits_they_are_kept_in():
     pytest.importorskip("torchao")
-    from trsd.plan import parse, run
+    from trsd.plan import parse
+    from trsd.planner import run
 
     def states(optim):
         plan = run(*parse(["--model", "bundled:reasoner", "--gpu", "H100", "--optim", optim]))

@@ -6,10 +6,11 @@ import pytest
 from conftest import refusal
 from transformers import GptOssConfig, Qwen3MoeConfig
 
-from trsd import plan
+from trsd import plan, planner
 from trsd.model_shapes import config_of
 from trsd.plan_report import GIB, Plan
-from trsd.planning import alternatives, planned_method, planned_traces, shared_lengths, together
+from trsd.planned_lengths import shared_lengths
+from trsd.planning import alternatives, planned_method, planned_traces, together
 from trsd.recipe import Recipe
 
 SMALL = [
@@ -31,7 +32,7 @@ def planned(capsys, *words):
 
 def make_plan(*words):
     arguments, recipe = plan.parse(words)
-    return plan.run(arguments, recipe)
+    return planner.run(arguments, recipe)
 
 
 def test_a_plan_says_memory_time_disk_and_what_fits(capsys):
@@ -132,9 +133,9 @@ def test_names_and_flags_are_taken_as_people_spell_them(capsys):
 
 
 def test_a_large_model_is_planned_for_a_gpu_where_there_is_none(monkeypatch):
-    monkeypatch.setattr(plan.torch.cuda, "is_available", lambda: False)
-    named, bundled = (plan.ceilings_of(plan.PlanArguments(), bundled=flag)[0] for flag in (False, True))
-    assert (named.name, bundled.name) == (plan.DEFAULT_GPU, "CPU")
+    monkeypatch.setattr(planner.torch.cuda, "is_available", lambda: False)
+    named, bundled = (planner.ceilings_of(plan.PlanArguments(), bundled=flag)[0] for flag in (False, True))
+    assert (named.name, bundled.name) == (planner.DEFAULT_GPU, "CPU")
 
 
 def test_models_that_cannot_be_planned_say_why(tmp_path, capsys):

@@ -8,7 +8,7 @@ from test_evaluate import questions
 
 from trsd import training
 from trsd.decoding import Decoder
-from trsd.evaluate import evaluate
+from trsd.evaluation import evaluate
 from trsd.files import write_json, write_text
 from trsd.report import summary, write_report
 from trsd.run import ENVIRONMENT_FILE, RECIPE_FILE

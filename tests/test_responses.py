@@ -134,8 +134,8 @@ def test_evaluate_command_grades_a_file_without_loading_a_model(tmp_path, capsys
     def refuse(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("trsd.evaluate.open_decoder", refuse)
-    monkeypatch.setattr("trsd.evaluate.open_reader", refuse)
+    monkeypatch.setattr("trsd.evaluation.open_decoder", refuse)
+    monkeypatch.setattr("trsd.evaluation.open_reader", refuse)
     path = write_rows(tmp_path / "r.jsonl", row(response="<t>4</t>3"), row(response="<t>3</t>4"))
     main(["--responses", str(path), "--open_tag", "<t>", "--close_tag", "</t>", "--output_dir", str(tmp_path / "out")])
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import make_tiny_model, make_traces
 
-from trsd import sweep
+from trsd import sweep, sweeping
 from trsd.recipe import Recipe
 from trsd.recipe_file import parse_recipe
 from trsd.sweep_report import knee, loss_gap, markdown, summarise
@@ -64,7 +64,7 @@ def test_summary_relates_every_point_to_the_whole_and_left_to_right():
 
 def test_the_recipe_of_a_point_is_the_sweeps_but_for_what_is_kept(tmp_path):
     recipe = Recipe(method="lsp", teacher_model_name_or_path="t", learning_rate=0.5, max_train_samples=9, eval_data="e")
-    one = sweep.run_recipe(recipe, sweep.Setting(fraction=0.3, side="right"), tmp_path / "r", tmp_path / "t.jsonl")
+    one = sweeping.run_recipe(recipe, sweep.Setting(fraction=0.3, side="right"), tmp_path / "r", tmp_path / "t.jsonl")
     assert (one.keep_fraction, one.keep_side, one.data) == (0.3, "right", str(tmp_path / "t.jsonl"))
     assert (one.learning_rate, one.max_train_samples, one.eval_data) == (0.5, None, None)
 
@@ -116,8 +116,8 @@ def test_a_sweep_trains_evaluates_reports_and_resumes(words, tmp_path, capsys, m
 
     shutil.rmtree(folder / "right-0.5")  # the only one that is not done
     trained = []
-    true = sweep.subprocess.run
-    monkeypatch.setattr(sweep.subprocess, "run", lambda command, **k: trained.append(command) or true(command, **k))
+    true = sweeping.subprocess.run
+    monkeypatch.setattr(sweeping.subprocess, "run", lambda command, **k: trained.append(command) or true(command, **k))
     sweep.main([*words, *options])
     assert len(trained) == 1 and "right-0.5.yaml" in trained[0][4]
     assert json.loads((folder / "sweep.json").read_text())["points"][0] == half

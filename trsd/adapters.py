@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trsd.errors import InputError
 from trsd.nf4 import to_nf4, whole_weight
+from trsd.quiet import quiet_imports
 
 ADAPTER = "adapter"
 WEIGHTS = "adapter_model.safetensors"
@@ -197,7 +198,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 def _peft():
     try:
-        import peft
+        with quiet_imports():
+            import peft
     except ImportError:
         raise ImportError("lora_rank needs peft: pip install 'trsd[lora]'") from None
     return peft

@@ -1,21 +1,21 @@
 """The way into every command but training: flags from a dataclass, exit code 2 for input that cannot be used.
 
-What a command with a model needs beside that is imported after its flags are read, so that a command without one, and
-a flag that is none, need not wait for torch.
+A command's module holds its flags; what it does with models is a module of its own, imported ``at_work``, after the
+flags were read. So help and a wrong flag need not wait for torch and transformers.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from trsd.errors import InputError, message_of
 from trsd.flags import parse_flags
 from trsd.launch import refuse_ranks
+from trsd.quiet import quiet_imports
 
-Run = Callable[[Any], Any]
 
-
-def run_command(arguments: type, run: Run, *, prog: str, argv: Sequence[str] | None) -> None:
+def run_command(arguments: type, run: Callable[[Any], Any], *, prog: str, argv: Sequence[str] | None) -> None:
     """Parse ``argv`` (None: the process's) into ``arguments`` and ``run`` them; bad input is printed, exit code 2."""
     args = parse_flags(arguments, argv, prog=prog)
     try:
@@ -29,22 +29,25 @@ def run_command(arguments: type, run: Run, *, prog: str, argv: Sequence[str] | N
         raise SystemExit(130) from None
 
 
-def run_model_command(arguments: type, run: Run, *, prog: str, argv: Sequence[str] | None) -> None:
-    """``run_command`` of what loads models: transformers says less, and memory that runs out exits with code 1."""
+@contextmanager
+def at_work(args: Any) -> Iterator[None]:
+    """What is done with models: transformers reports errors alone, and memory that runs out exits with code 1."""
+    import_quietly()
+    from trsd.memory import OutOfMemory, out_of_memory_says
 
-    def guarded(args: Any) -> None:
-        from trsd.memory import OutOfMemory, out_of_memory_says
+    try:
+        with out_of_memory_says(_less_at_a_time(args)):
+            yield
+    except OutOfMemory as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def import_quietly() -> None:
+    """Import transformers, and have it report errors alone from then on."""
+    with quiet_imports():
         from trsd.models import quieten_transformers
-
-        quieten_transformers()
-        try:
-            with out_of_memory_says(_less_at_a_time(args)):
-                run(args)
-        except OutOfMemory as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(1) from None
-
-    run_command(arguments, guarded, prog=prog, argv=argv)
+    quieten_transformers()
 
 
 def _less_at_a_time(args: Any) -> str:

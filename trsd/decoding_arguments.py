@@ -7,7 +7,6 @@ from trsd.decoding import Decoder, Progress
 from trsd.engines import Sampling
 from trsd.engines.arguments import EngineArguments, build_engine, check_engine
 from trsd.errors import InputError
-from trsd.models import load_tokenizer, model_folder
 from trsd.thinking import ThinkFormat
 
 
@@ -53,6 +52,8 @@ class Reader(NamedTuple):
 
 def open_reader(args: DecodingArguments) -> Reader:
     """Folder, tokenizer and think format of the model that ``args`` name; raises for flags that mean nothing."""
+    from trsd.models import load_tokenizer, model_folder  # not at the top: flags are read before models are thought of
+
     check_decoding(args)
     folder = model_folder(args.model)
     tokenizer = load_tokenizer(folder)

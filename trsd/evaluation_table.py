@@ -1,4 +1,4 @@
-"""An evaluation's result (``evaluate.py``) as text."""
+"""An evaluation's result (``evaluation.py``) as text."""
 
 from typing import Any
 

@@ -18,7 +18,7 @@ from trsd.engines import Sampling, eos_ids_of
 from trsd.engines.hf import HFEngine
 from trsd.engines.ranked import RankedEngine
 from trsd.errors import InputError
-from trsd.evaluate import graded_questions
+from trsd.evaluation import graded_questions
 from trsd.grading import check_grader
 from trsd.memory import out_of_memory_says, refuse_too_large, warn_of_training
 from trsd.metrics import progress_bar

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from statistics import median
 
 from trsd.ceilings import known
-from trsd.planning import CLOSER, placement_of, planned_traces, step_cost
+from trsd.planned_lengths import CLOSER
+from trsd.planning import placement_of, planned_traces, step_cost
 from trsd.recipe import Recipe
 from trsd.traces import Trace
 

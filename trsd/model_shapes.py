@@ -5,16 +5,22 @@ The shapes are those of the models' published config files; tests hold their par
 
 import difflib
 from pathlib import Path
-
-from transformers import AutoConfig, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config
+from typing import Any
 
 from trsd.errors import InputError
-from trsd.models import model_folder, refuse_other_kinds
 
 
-def _qwen3(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, *, tied: bool) -> Qwen3Config:
+def _config(kind: str, **fields: Any) -> Any:
+    """A config of a class of transformers, which is imported when a shape is asked for, not when its name is read."""
+    import transformers
+
+    return getattr(transformers, kind)(**fields)
+
+
+def _qwen3(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, *, tied: bool) -> Any:
     """A dense Qwen3: 8 key-value heads of 128."""
-    return Qwen3Config(
+    return _config(
+        "Qwen3Config",
         vocab_size=151936,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -35,7 +41,8 @@ SHAPES = {
     "Qwen3-8B": lambda: _qwen3(4096, 12288, 36, 32, tied=False),
     "Qwen3-14B": lambda: _qwen3(5120, 17408, 40, 40, tied=False),
     "Qwen3-32B": lambda: _qwen3(5120, 25600, 64, 64, tied=False),
-    "Qwen2.5-7B": lambda: Qwen2Config(
+    "Qwen2.5-7B": lambda: _config(
+        "Qwen2Config",
         vocab_size=152064,
         hidden_size=3584,
         intermediate_size=18944,
@@ -46,7 +53,8 @@ SHAPES = {
         tie_word_embeddings=False,
         use_cache=False,
     ),
-    "Phi-4-mini": lambda: Phi3Config(
+    "Phi-4-mini": lambda: _config(
+        "Phi3Config",
         vocab_size=200064,
         hidden_size=3072,
         intermediate_size=8192,
@@ -61,7 +69,8 @@ SHAPES = {
         tie_word_embeddings=True,
         use_cache=False,
     ),
-    "SmolLM2-135M": lambda: LlamaConfig(
+    "SmolLM2-135M": lambda: _config(
+        "LlamaConfig",
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
@@ -75,7 +84,7 @@ SHAPES = {
 }
 
 
-def config_of(name_or_path: str) -> PreTrainedConfig:
+def config_of(name_or_path: str) -> Any:
     """The config of a name in ``SHAPES``, with or without its owner and ``-Base`` or ``-Instruct``, or of a model.
 
     Raises:
@@ -87,6 +96,10 @@ def config_of(name_or_path: str) -> PreTrainedConfig:
     known = {shape.lower(): shape for shape in SHAPES}
     if name.lower() in known and not Path(name_or_path).is_dir():
         return SHAPES[known[name.lower()]]()
+    from transformers import AutoConfig
+
+    from trsd.models import model_folder, refuse_other_kinds
+
     try:
         folder = model_folder(name_or_path)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

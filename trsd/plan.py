@@ -9,31 +9,17 @@ least time a step can take. Then what fits, and which setting to turn. Every rec
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import get_args, get_type_hints
 
-import torch
-
-from trsd.ceilings import Ceilings, known, known_device, measure
+from trsd.command import import_quietly
 from trsd.errors import InputError, message_of
 from trsd.flags import parse_flags
 from trsd.model_shapes import SHAPES
-from trsd.models import quieten_transformers
-from trsd.plan_report import Plan, report
-from trsd.planning import (
-    CLOSER,
-    alternatives,
-    cache_bytes_per_trace,
-    placement_of,
-    planned_traces,
-    shared_lengths,
-    step_cost,
-    together,
-)
+from trsd.planned_lengths import CLOSER, shared_lengths
 from trsd.recipe import Recipe
 from trsd.recipe_file import fail, parse_recipe
 
-DEFAULT_GPU = "H100"
 TEACHER_KINDS = get_args(get_type_hints(Recipe)["teacher"])
 DESCRIPTION = f"""Say what a recipe would take: memory by part, operations, least time, disk; what fits, what to turn.
 
@@ -115,57 +101,13 @@ def _underscored(word: str) -> str:
     return name[:2] + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
-def ceilings_of(arguments: PlanArguments, *, bundled: bool) -> tuple[Ceilings, str]:
-    """(what the device can do, where that is from); a ``bundled`` model is for a CPU where there is no GPU."""
-    nothing_said = arguments.gpu is None and arguments.gpu_memory is None
-    if arguments.gpu == "cpu" or (bundled and nothing_said and not torch.cuda.is_available()):
-        found, source = measure("cpu"), "measured here"
-    elif arguments.gpu is None and torch.cuda.is_available():
-        there = known_device("cuda")  # a GPU that others work on has no room to be measured
-        found, source = (there, "as known by its name") if there else (measure("cuda"), "measured here")
-    else:
-        found = known(arguments.gpu or DEFAULT_GPU)
-        source = "measured on one" if found.measured else "three quarters of what its maker states"
-        source += "" if arguments.gpu else "; --gpu names another"
-    if arguments.gpu_memory is not None:
-        found = replace(found, memory=arguments.gpu_memory * 2**30)
-    return found, source
-
-
-def run(arguments: PlanArguments, recipe: Recipe) -> Plan:
-    """Plan a recipe. Raises InputError for models, devices and lengths that cannot be had."""
-    lengths = arguments.lengths(recipe.max_length)
-    if sum(lengths) > recipe.max_length:
-        raise InputError(
-            f"prompt, reasoning and answer of {lengths[0]} + {lengths[1]} + {lengths[2]} tokens are longer than "
-            f"max_length {recipe.max_length}: raise it, or shorten them"
-        )
-    ceilings, source = ceilings_of(arguments, bundled=recipe.model_name_or_path.startswith("bundled:"))
-    target = "cpu" if ceilings.name == "CPU" else "cuda"
-    recipe = placement_of(recipe, target=target).recipe
-    traces = planned_traces(recipe.train_batch_size, lengths)
-    plan = Plan(
-        recipe=recipe,
-        ceilings=ceilings,
-        source=source,
-        gpus=arguments.gpus,
-        num_traces=arguments.num_traces,
-        lengths=lengths,
-        cost=step_cost(recipe, traces, ceilings, target=target),
-        cache_bytes_per_trace=cache_bytes_per_trace(recipe, traces, target=target),
-    )
-    changes = alternatives(recipe, target=target)
-    for change in changes:
-        plan.try_change(change, lambda other: step_cost(other, traces, ceilings, target=target))
-    for change in together(changes) if plan.fits(plan.cost) is False else ():
-        plan.try_change(change, lambda other: step_cost(other, traces, ceilings, target=target))
-    return plan
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: exit code 2 for what cannot be planned."""
     arguments, recipe = parse(argv)
-    quieten_transformers()
+    import_quietly()  # here, not at the top: --help and a wrong flag need not wait for torch and transformers
+    from trsd.plan_report import report
+    from trsd.planner import run
+
     try:
         print(report(run(arguments, recipe)))
     except (InputError, OSError, ImportError) as error:

@@ -10,6 +10,7 @@ from trsd.methods import Method
 from trsd.methods.lsp import LSP
 from trsd.methods.trsd import TRSD
 from trsd.model_shapes import config_of
+from trsd.planned_lengths import CLOSER
 from trsd.recipe import ONLINE, Recipe
 from trsd.step_simulation import MetaPlacement, StepCost, simulate_step
 from trsd.teacher_cache import bytes_per_row, cache_layout
@@ -17,18 +18,9 @@ from trsd.thinking import ThinkFormat
 from trsd.traces import Trace
 from trsd.truncation import build_truncation
 
-# Of a sequence: prompt, chain of thought, answer, as in OpenThoughts (arXiv 2512.21002, table 2).
-SHARES = (0.05, 0.77, 0.18)
-CLOSER = (3, 4, 5, 6)
 THINK = ThinkFormat(open_tag="", close_tag="", closer="", closer_ids=CLOSER, natural_close_ids=CLOSER)
 SMALL_CHUNK = 2**29
 CACHES = ("hidden_cache", "top_k_cache", "vector_cache")
-
-
-def shared_lengths(num_tokens: int) -> tuple[int, int, int]:
-    """Tokens of prompt, reasoning (with its close) and answer of a sequence by ``SHARES``."""
-    prompt, _, answer = (max(1, int(share * num_tokens)) for share in SHARES)
-    return prompt, max(len(CLOSER), num_tokens - prompt - answer), answer
 
 
 def planned_traces(count: int, lengths: tuple[int, int, int]) -> list[Trace]:

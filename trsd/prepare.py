@@ -17,7 +17,7 @@ from trsd.data import describe_drops, load_data
 from trsd.drafts import INSTRUCTION
 from trsd.errors import InputError
 from trsd.files import write_json
-from trsd.generate import generate_traces, select_traces
+from trsd.generation import generate_traces, select_traces
 from trsd.grading import extract_answer
 from trsd.job import Job
 from trsd.judging import (

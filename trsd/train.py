@@ -3,6 +3,7 @@
 The command line alone: ``training.py`` is the run. Everything that a run makes is in its ``output_dir``.
 """
 
+from trsd.command import import_quietly
 from trsd.recipe_file import parse_recipe, recipe_as_yaml
 
 
@@ -15,7 +16,8 @@ def main(argv: list[str] | None = None) -> None:
     if dry_run:
         print(recipe_as_yaml(recipe), end="")
         return
-    from trsd.training import start  # not at the top: --help and a wrong flag need not wait for torch and transformers
+    import_quietly()  # here, not at the top: --help and a wrong flag need not wait for torch and transformers
+    from trsd.training import start
 
     start(recipe, name)
 

@@ -24,7 +24,8 @@ from trsd.batching import Example
 from trsd.checkpoint import Checkpointer, SaveError, load_state
 from trsd.checkpoint_folders import TRAINER, best_checkpoint
 from trsd.errors import InputError, message_of
-from trsd.evaluate import evaluate, table
+from trsd.evaluation import evaluate
+from trsd.evaluation_table import table
 from trsd.files import write_json
 from trsd.guards import NonFiniteError
 from trsd.interruption import Interrupted, Interruption
@@ -36,7 +37,6 @@ from trsd.memory_parts import memory_by_part
 from trsd.methods import Method
 from trsd.metrics import MetricsLog, progress_bar, say, step_line
 from trsd.model_card import ModelCard
-from trsd.models import quieten_transformers
 from trsd.prepare import build_method, prepare_traces
 from trsd.prepare_teacher import prepare_teacher, student_as_teacher
 from trsd.ranks import Ranks, ended_at_once, is_lost_rank, open_ranks
@@ -286,7 +286,6 @@ def start(recipe: Recipe, name: str) -> None:
     Exit code 2 for input that cannot be used, 1 for training that cannot go on. A signal ends it with 128 and its
     number: SIGTERM with 143, Ctrl-C with 130, a terminal that hangs up with 129.
     """
-    quieten_transformers()
     with ended_at_once():
         _run_guarded(recipe, name)
 

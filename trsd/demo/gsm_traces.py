@@ -28,7 +28,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from trsd.command import run_model_command
+from trsd.command import run_command
 from trsd.data import describe_drops
 from trsd.demo.problems import Problem, as_row, split_of
 from trsd.errors import InputError
@@ -255,7 +255,7 @@ def run(args: TraceArguments) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Write traces from the command line; input that cannot be used exits with code 2."""
-    run_model_command(TraceArguments, run, prog="python -m trsd.demo.gsm_traces", argv=argv)
+    run_command(TraceArguments, run, prog="python -m trsd.demo.gsm_traces", argv=argv)
 
 
 if __name__ == "__main__":

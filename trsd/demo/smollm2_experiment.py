@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from trsd.checkpoint_folders import checkpoints
-from trsd.command import run_model_command
+from trsd.command import run_command
 from trsd.demo.gsm_traces import EASY_TEMPLATES, READABLE_TEMPLATES
 from trsd.demo.smollm2_results import write_results
 from trsd.errors import InputError
@@ -269,7 +269,7 @@ def run(args: ExperimentArguments) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the experiment from the command line; a stage that fails ends it with exit code 2."""
-    run_model_command(ExperimentArguments, run, prog="python -m trsd.demo.smollm2_experiment", argv=argv)
+    run_command(ExperimentArguments, run, prog="python -m trsd.demo.smollm2_experiment", argv=argv)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def questions(
     import datasets
 
     from trsd.data import load_data
-    from trsd.evaluate import graded_questions
+    from trsd.evaluation import graded_questions
     from trsd.models import load_tokenizer, model_folder
     from trsd.thinking import ThinkFormat
 

@@ -21,7 +21,8 @@ from typing import Literal
 from trsd.data import NO_ANSWER
 from trsd.decoding import Decoder
 from trsd.drafts import draft_prompt_ids
-from trsd.generate import Filter, select_traces
+from trsd.generate import Filter
+from trsd.generation import select_traces
 from trsd.grading import check_grader, grade
 from trsd.judging import Prefix, close_after
 from trsd.models import tokenizer_fingerprint
