@@ -245,3 +245,13 @@ def test_questions_gained_at_budgets_come_before_those_that_are_not(evaluated, t
 def test_names_too_long_for_a_legend_keep_their_ends():
     assert _shortened("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     assert _shortened("/a/very/long/way/to/runs/mine/checkpoint-200") == "…to/runs/mine/checkpoint-200"
+
+
+def test_page_of_questions_in_common_shows_no_curve_of_the_others(evaluated, tmp_path, capsys):
+    path = evaluated[1] / "evaluation.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | {"question_ids": [stored["question_ids"][0], "elsewhere"]}))
+    main([*map(str, evaluated), "--common", "True", "--output_dir", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert "left out: 1 questions of A and 1 of B" in page and "<img" not in page and "area under" not in page
+    assert "Side by side" in page

@@ -32,7 +32,8 @@ def write_comparison(
     both = {"A": first, "B": second}
     told = "".join(f"<br>{letter}: {html.escape(_name(comparison[of]))}" for letter, of in SIDES.items())
     parts = [f'<p class="lead">{html.escape(notes[0])}.{told}</p>']
-    whole = all(_is_whole(result) for result in both.values())
+    # Curves and lengths are of all questions of an evaluation: shown where those are the ones compared.
+    whole = all(_is_whole(result) for result in both.values()) and not any(comparison["num_left_out"])
     if whole:
         parts.append(cards(headline(first, second)))
     if whole and all(result["budgets"] for result in both.values()):
@@ -43,7 +44,7 @@ def write_comparison(
     parts += [f'<p class="lead">{html.escape(note)}</p>' for note in notes[1:]]
     if whole:
         parts += thinking_lengths(both, folder / "lengths.png")
-        parts += side_by_side(both, second="B")
+    parts += side_by_side(both, second="B")
     path = folder / "comparison.html"
     write_page(path, "A and B, question by question", parts)
     return path
