@@ -1,5 +1,7 @@
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,10 +9,13 @@ from conftest import make_tiny_model
 from scripted import Scripted, engine_of
 
 from trsd.decoding import Decoder, Limits
-from trsd.decoding_arguments import DecodingArguments, check_decoding
+from trsd.decoding_arguments import DecodingArguments, as_trained, check_decoding
 from trsd.engines import Sampling
 from trsd.errors import InputError
+from trsd.model_card import front_matter
 from trsd.models import PACKED_ATTENTION
+from trsd.recipe import Recipe
+from trsd.recipe_file import RECIPES, load_recipe
 from trsd.thinking import ThinkFormat
 
 
@@ -232,3 +237,45 @@ def test_early_exit_takes_no_answer_that_does_not_end(tokenizer, think, prompts)
     (answer,) = decoder.answer_early(prompts[:1], [0, 3], 0.0, Limits(max_thinking_tokens=50, max_answer_tokens=8))
     assert answer.closed and tokenizer.decode(answer.answer_ids) == "free<|im_end|>"
     assert answer.tried_tokens == 2 * (len(think.closer_ids) + 8)
+
+
+def with_card(folder, **facts):
+    card = {
+        "method": "trsd",
+        "closer": "\n\nTime is up.\n</t>\n",
+        "open_tag": "<t>",
+        "close_tag": "</t>",
+        "budgets": [8],
+        "max_thinking_tokens": 77,
+        "max_answer_tokens": 11,
+    }
+    (folder / "README.md").write_text(front_matter({"trsd": card | facts}) + "\n")
+    return folder
+
+
+def test_what_is_left_out_is_as_the_model_was_trained_and_said(tmp_path, tiny_folder, capsys):
+    folder = with_card(Path(shutil.copytree(tiny_folder, tmp_path / "model")))
+    args = as_trained(DecodingArguments(model=str(folder), max_answer_tokens=9))
+    assert (args.max_thinking_tokens, args.max_answer_tokens) == (77, 9)
+    assert (args.closer, args.open_tag, args.close_tag) == ("\n\nTime is up.\n</t>\n", "<t>", "</t>")
+    said = capsys.readouterr().out
+    assert said.startswith("from the model's card: max_thinking_tokens 77, closer ") and "max_answer_tokens" not in said
+
+
+def test_without_a_card_it_is_as_training_has_it(tiny_folder, capsys):
+    args = as_trained(DecodingArguments(model=str(tiny_folder)))
+    assert (args.max_thinking_tokens, args.max_answer_tokens) == (Recipe().max_thinking_tokens, 512)
+    assert (args.closer, args.open_tag, args.close_tag) == (Recipe().closer, "<think>", "</think>")
+    assert "by default, for no card of the model says: max_thinking_tokens 4096" in capsys.readouterr().out
+    assert as_trained(DecodingArguments()).max_thinking_tokens == load_recipe(RECIPES / "demo.yaml").max_thinking_tokens
+    assert as_trained(DecodingArguments()).max_answer_tokens == load_recipe(RECIPES / "demo.yaml").max_answer_tokens
+
+
+def test_where_all_is_given_no_card_is_read_and_nothing_said(tmp_path, tiny_folder, capsys):
+    folder = with_card(Path(shutil.copytree(tiny_folder, tmp_path / "model")), max_thinking_tokens="many")
+    given = DecodingArguments(
+        model=str(folder), max_thinking_tokens=5, max_answer_tokens=9, closer="</t>", open_tag="<t>", close_tag="</t>"
+    )
+    assert as_trained(given) is given and capsys.readouterr().out == ""
+    with pytest.raises(InputError, match="expected method, closer"):
+        as_trained(replace(given, closer=None))

@@ -108,7 +108,18 @@ def test_no_budgets_leave_unconstrained_thinking_alone(tokenizer, think):
 def test_evaluate_command_without_budgets_writes_results_and_no_curve(tiny_folder, tmp_path, capsys):
     data = tmp_path / "questions.jsonl"
     data.write_text('{"question": "2+1?", "answer": "3"}\n')
-    argv = ["--model", str(tiny_folder), "--data", str(data), "--budgets", "", "--max_thinking_tokens", "8"]
+    argv = [
+        "--model",
+        str(tiny_folder),
+        "--data",
+        str(data),
+        "--budgets",
+        "",
+        "--max_thinking_tokens",
+        "8",
+        "--max_answer_tokens",
+        "8",
+    ]
     main([*argv, "--output_dir", str(tmp_path / "out")])
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["budgets"] == []
     assert not (tmp_path / "out" / "curve.png").exists() and "1 questions" in capsys.readouterr().out

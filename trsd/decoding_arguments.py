@@ -1,45 +1,86 @@
 """The flags that every command with a decoder shares, and the decoder that they ask for."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+import tyro
 
 from trsd.decoding import Decoder, Progress
 from trsd.engines import Sampling
 from trsd.engines.arguments import EngineArguments, build_engine, check_engine
 from trsd.errors import InputError
+from trsd.paths import BUNDLED
+from trsd.recipe import Recipe
 from trsd.thinking import ThinkFormat
+
+# What is left out and no card says: the tags of most reasoning models, and training's own limits.
+DEFAULTS = {
+    "max_thinking_tokens": Recipe.max_thinking_tokens,
+    "max_answer_tokens": Recipe.max_answer_tokens,
+    "closer": Recipe.closer,
+    "open_tag": Recipe.open_tag,
+    "close_tag": Recipe.close_tag,
+}
+OF_BUNDLED = DEFAULTS | {"max_thinking_tokens": 320, "max_answer_tokens": 32}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingArguments(EngineArguments):
     """Which model writes, how much, and how it is drawn."""
 
-    model: str = "bundled:reasoner"
+    model: Annotated[str, tyro.conf.arg(aliases=["--model_name_or_path"])] = "bundled:reasoner"
     """Model folder, checkpoint, hub name or bundled model; with engine server its tokenizer and config are read."""
     max_samples: int | None = None
     """Use only so many rows of the data."""
     num_samples: int = 1
     """Samples per question; more than one needs a temperature."""
-    max_thinking_tokens: int = 1024
-    """Most reasoning tokens."""
-    max_answer_tokens: int = 64
-    """Most answer tokens behind the thinking."""
+    max_thinking_tokens: int | None = None
+    """Most reasoning tokens; left out, what the model's card says it was trained with, else 4096 (bundled ones 320)."""
+    max_answer_tokens: int | None = None
+    """Most answer tokens behind the thinking; left out, as the card says, else 512 (bundled ones 32)."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
     """Nucleus mass."""
     seed: int = 0
     """Sampling seed."""
-    closer: str = "template"
-    """What closes cut thinking: a preset's name or a text with the close tag; use the one trained with."""
-    open_tag: str = "<think>"
-    """The tag that opens thinking."""
-    close_tag: str = "</think>"
-    """The tag that ends thinking."""
+    closer: str | None = None
+    """What closes cut thinking: a preset's name or a text with the close tag; left out, as the card says, else what the
+    chat template writes."""
+    open_tag: str | None = None
+    """The tag that opens thinking; left out, as the card says, else <think>."""
+    close_tag: str | None = None
+    """The tag that ends thinking; left out, as the card says, else </think>."""
 
     def sampling(self) -> Sampling:
         """How tokens are drawn."""
         return Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+
+
+Arguments = TypeVar("Arguments", bound=DecodingArguments)
+
+
+def as_trained(args: Arguments) -> Arguments:
+    """``args`` with what was left out of limits, closer and tags, from the model's card where it has one; it is said.
+
+    A model must be asked as it was trained: with another closer or other limits its figures are another's.
+    """
+    from trsd.model_card import serving_facts  # not at the top: flags are read before models are thought of
+    from trsd.models import model_folder
+
+    check_decoding(args)
+    missing = [name for name in DEFAULTS if getattr(args, name) is None]
+    if not missing:
+        return args
+    facts, source = serving_facts(model_folder(args.model)), "from the model's card"
+    if facts is None and args.model.startswith(BUNDLED):
+        facts, source = OF_BUNDLED, "as in the demo"
+    elif facts is None:
+        facts, source = DEFAULTS, "by default, for no card of the model says"
+    found = {name: facts[name] for name in missing}
+    if said := [f"{name} {value!r}" for name, value in found.items() if value != DEFAULTS[name] or "max" in name]:
+        print(f"{source}: {', '.join(said)}", flush=True)
+    return replace(args, **found)
 
 
 class Reader(NamedTuple):
@@ -51,10 +92,9 @@ class Reader(NamedTuple):
 
 
 def open_reader(args: DecodingArguments) -> Reader:
-    """Folder, tokenizer and think format of the model that ``args`` name; raises for flags that mean nothing."""
-    from trsd.models import load_tokenizer, model_folder  # not at the top: flags are read before models are thought of
+    """Folder, tokenizer and think format of the model that ``args``, of which nothing is left out, name."""
+    from trsd.models import load_tokenizer, model_folder
 
-    check_decoding(args)
     folder = model_folder(args.model)
     tokenizer = load_tokenizer(folder)
     think = ThinkFormat.of(tokenizer, closer=args.closer, open_tag=args.open_tag, close_tag=args.close_tag)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from trsd import compare
 from trsd.command import at_work, run_command
-from trsd.decoding_arguments import DecodingArguments
+from trsd.decoding_arguments import DEFAULTS, DecodingArguments
 from trsd.errors import InputError
 from trsd.responses import grade_file
 
@@ -62,7 +62,8 @@ def run(args: EvaluateArguments) -> None:
     if args.responses:
         if unused := _given_beside(args, {"responses", "output_dir", "open_tag", "close_tag"}):
             raise InputError(f"--responses loads no model and writes nothing new: leave out {', '.join(unused)}")
-        grade_file(args.responses, open_tag=args.open_tag, close_tag=args.close_tag, output_dir=args.output_dir)
+        tags = {name: getattr(args, name) or DEFAULTS[name] for name in ("open_tag", "close_tag")}
+        grade_file(args.responses, **tags, output_dir=args.output_dir)
         return
     with at_work(args):
         from trsd import evaluation

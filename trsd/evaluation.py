@@ -13,7 +13,7 @@ import numpy as np
 
 from trsd.data import Loaded, Question, describe_drops, load_data
 from trsd.decoding import Answer, Decoder, Limits
-from trsd.decoding_arguments import open_decoder, open_reader
+from trsd.decoding_arguments import as_trained, open_decoder, open_reader
 from trsd.drafts import INSTRUCTION, draft_prompt_ids
 from trsd.errors import InputError
 from trsd.evaluate import EvaluateArguments
@@ -302,6 +302,7 @@ def run(args: EvaluateArguments) -> None:
     """Load, evaluate, print and store."""
     if args.output_dir:
         _check_output(args.output_dir)
+    args = as_trained(args)
     reader = open_reader(args)
     if args.percent_of is not None and not 0 < args.percent_of < float("inf"):
         raise InputError(f"percent_of: expected a positive number of tokens, got {args.percent_of}")

@@ -16,7 +16,7 @@ import torch
 
 from trsd.data import NO_ANSWER, NO_CLOSE, Question, describe_drops, load_data
 from trsd.decoding import Answer, Decoder, Limits
-from trsd.decoding_arguments import Reader, open_decoder, open_reader
+from trsd.decoding_arguments import Reader, as_trained, open_decoder, open_reader
 from trsd.errors import InputError
 from trsd.generate import Filter, GenerateArguments
 from trsd.grading import check_grader, grade
@@ -139,6 +139,7 @@ def run(args: GenerateArguments) -> None:
     if args.output.exists():
         raise InputError(f"{args.output} exists already: choose another --output, or move it away")
     start = time.perf_counter()
+    args = as_trained(args)
     reader = open_reader(args)
     loaded = load_data(args.data, tokenizer=reader.tokenizer, think=reader.think, max_rows=args.max_samples)
     if loaded.traces:
