@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 from integration_cases import own_loss, padded_model
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from trsd.cuts import uniform
 from trsd.errors import InputError
+from trsd.integrations import hf_trainer
 from trsd.integrations.cut_rows import CutRowCollator, cut_rows
-from trsd.integrations.hf_trainer import DistillTrainer
+from trsd.integrations.hf_trainer import CutRowLoss, DistillTrainer
+from trsd.integrations.row_loss import RowCounts
 from trsd.methods.trsd import TRSD
 
 pytest.importorskip("accelerate")
@@ -103,3 +105,97 @@ def test_what_would_change_the_loss_is_refused(tokenizer, tmp_path, method):
         trainer_of(tokenizer, tmp_path, cut_rows(method), label_smoothing_factor=0.1)
     with pytest.raises(InputError, match="alpha=0"):
         trainer_of(tokenizer, tmp_path, cut_rows(method), teacher=False)
+
+
+def dtypes_of_layers(trainer):
+    """Filled with what the student's and the teacher's layers compute in, from now on."""
+    seen = {"student": set(), "teacher": set()}
+    for name, model in (("student", trainer.model), ("teacher", trainer.row_loss.teacher)):
+        layer = model.model.layers[0].mlp.down_proj
+        layer.register_forward_hook(lambda *args, name=name: seen[name].add(args[2].dtype))
+    return seen
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_mixed_precision_is_that_of_the_arguments(tokenizer, tmp_path, method, bf16):
+    """In training and in evaluation; accelerate's autocast is around a forward that is not what is run."""
+    trainer = trainer_of(
+        tokenizer, tmp_path, cut_rows(method), bf16=bf16, eval_strategy="steps", eval_steps=1, learning_rate=0.0
+    )
+    seen = dtypes_of_layers(trainer)
+    wanted = trainer.row_loss(trainer.model, CutRowCollator()(cut_rows(method)[:4])).loss.item()
+    assert seen.pop("student") == seen.pop("teacher") == {torch.float32}
+    seen.update(dtypes_of_layers(trainer))
+    trainer.train()
+    used = torch.bfloat16 if bf16 else torch.float32
+    assert seen == {"student": {used}, "teacher": {used}}
+    (measured,) = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert measured == pytest.approx(wanted, rel=2e-2 if bf16 else 1e-5)
+    assert bf16 == (abs(measured - wanted) > 1e-6 * wanted)
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
+def test_labels_are_counted_where_the_batches_are(monkeypatch):
+    """As on a GPU, by tensors of one, without content: those of the CPU may not be added to them."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    class Batches:
+        args = TrainingArguments(use_cpu=True, average_tokens_across_devices=False)
+
+        def get_batch_samples(self, iterator, num_batches, device):
+            return list(iterator), None
+
+    class Counting(CutRowLoss, Batches):
+        pass
+
+    # Slices of such a tensor ask for the device; its sum stands for the counts.
+    monkeypatch.setattr(hf_trainer, "row_counts", lambda batch: RowCounts(batch["labels"].sum(), batch["labels"].sum()))
+    with FakeTensorMode() as mode:
+        labels = FakeTensor(mode, torch.zeros(2, 5, dtype=torch.int64, device="meta"), torch.device("cuda"))
+        trainer = Counting()
+        trainer.get_batch_samples(iter([{"labels": labels}] * 3), 3, torch.device("cpu"))
+    assert len(trainer._step_counts) == 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_evaluation_is_a_mean_over_tokens_whatever_the_batches(tokenizer, tmp_path, method, size):
+    rows = cut_rows(method)
+    trainer = trainer_of(tokenizer, tmp_path, rows, options={"alpha": 0.7}, per_device_eval_batch_size=size)
+    trainer.predict(rows[4:])  # what it measured is no part of what comes next
+    found = trainer.evaluate(metric_key_prefix="held_out")
+    wanted = trainer.row_loss(trainer.model, CutRowCollator()(rows[:4]))
+    names = ("loss", "cross_entropy", "divergence", "thinking_cross_entropy")
+    for name, value in zip(names, wanted, strict=True):
+        assert found[f"held_out_{name}"] == pytest.approx(value.item(), rel=1e-5)
+    assert not any(name.startswith("eval_") for name in found)
+
+
+def test_several_sets_are_evaluated_each_by_its_name(tokenizer, tmp_path, method):
+    rows = cut_rows(method)
+    trainer = trainer_of(tokenizer, tmp_path, rows)
+    found = trainer.evaluate({"a": rows[:4], "b": rows[4:9]})
+    for name, part in (("a", rows[:4]), ("b", rows[4:9])):
+        wanted = trainer.row_loss(trainer.model, CutRowCollator()(part))
+        assert found[f"eval_{name}_divergence"] == pytest.approx(wanted.divergence.item(), rel=1e-5)
+        assert found[f"eval_{name}_loss"] == pytest.approx(wanted.loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"])
+def test_what_is_made_for_logits_is_refused(tokenizer, tmp_path, method, name):
+    students = padded_model(tokenizer, seed=0), padded_model(tokenizer, seed=1)
+    arguments = TrainingArguments(str(tmp_path), **SHARED)
+    with pytest.raises(InputError, match=f"{name}: made for logits"):
+        DistillTrainer(*students, arguments, train_dataset=cut_rows(method), **{name: lambda *_: {}})
+
+
+@pytest.mark.parametrize("shard", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_weights_in_shards_are_refused(tokenizer, tmp_path, method, monkeypatch, shard):
+    true = Trainer.__init__
+
+    def sharded(self, *args, **kwargs):
+        true(self, *args, **kwargs)
+        setattr(self, shard, True)
+
+    monkeypatch.setattr(Trainer, "__init__", sharded)
+    with pytest.raises(InputError, match="weights in shards"):
+        trainer_of(tokenizer, tmp_path, cut_rows(method))

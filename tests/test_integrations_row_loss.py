@@ -142,3 +142,63 @@ def test_logits_that_are_something_else_are_refused(student, teacher):
     student.forward = doubled
     with pytest.raises(InputError, match="its logits are not"):
         RowLoss(student, teacher)
+
+
+@pytest.mark.parametrize("which", ["base", "another adapter"])
+def test_a_teacher_with_the_students_adapter_in_it_is_refused(student, which):
+    """PEFT puts its matrices into the base, which is then no longer what it was."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(student, config)
+    teacher = student if which == "base" else adapted.base_model
+    with pytest.raises(InputError, match="before an adapter is added"):
+        RowLoss(adapted, teacher)
+    assert any(parameter.requires_grad for parameter in adapted.parameters())
+
+
+def test_a_teacher_may_share_what_is_not_trained(student, teacher):
+    student.requires_grad_(False)
+    student.model.layers[0].requires_grad_(True)
+    teacher.model.embed_tokens.weight = student.model.embed_tokens.weight
+    RowLoss(student, teacher)
+
+
+def test_the_teachers_own_scale_is_used(student, tokenizer, traces, think):
+    """A Granite teacher divides its logits; the student does not."""
+    tokens = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    torch.manual_seed(0)
+    config = GraniteConfig(vocab_size=len(tokenizer), initializer_range=0.5, logits_scaling=4.0, **SMALL, **tokens)
+    teacher = GraniteForCausalLM(config).eval()
+    batch = CutRowCollator()(cut_rows(LSP(traces, endpoints(0.6), ("a", "cot"))))
+    wanted = divergence_of_logits(student, teacher, batch)
+    assert RowLoss(student, teacher)(student, batch).divergence.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def divergence_of_logits(student, teacher, batch, vocab_size=None):
+    """Forward KL of whole logits, over the first ``vocab_size`` tokens; teacher and student read the same rows."""
+    learnt = batch["labels"][:, 1:] != -100
+    inputs = dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    q, p = (model(**inputs).logits[:, :-1][learnt][:, :vocab_size].log_softmax(-1) for model in (student, teacher))
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+def test_vocab_size_says_over_which_tokens(student, teacher, traces, think):
+    batch = CutRowCollator()(cut_rows(LSP(traces, endpoints(0.6), ("a", "cot"))))
+    most = int(batch["labels"].max()) + 1
+    assert most < student.config.vocab_size
+    for size in (most, None):
+        wanted = divergence_of_logits(student, teacher, batch, size)
+        found = RowLoss(student, teacher, vocab_size=size)(student, batch).divergence
+        assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_shown_reasoning_is_learnt_at_the_students_own_scale(tokenizer, traces, think):
+    tokens = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    torch.manual_seed(0)
+    config = GraniteConfig(vocab_size=len(tokenizer), initializer_range=0.5, logits_scaling=4.0, **SMALL, **tokens)
+    model = GraniteForCausalLM(config).eval()
+    batch = CutRowCollator()(cut_rows(method_of("trsd", traces, think)))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    wanted = model(**inputs, labels=batch["thinking_labels"]).loss
+    found = RowLoss(model, None, alpha=0.0)(model, batch).thinking
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)

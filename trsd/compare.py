@@ -68,7 +68,10 @@ def read_evaluation(path: Path) -> Evaluation:
     if not isinstance(ids, list) or not ids or not all(isinstance(i, str) for i in ids) or len(set(ids)) < len(ids):
         raise InputError(f"{path}: question_ids must be a list of different texts: {REMEDY}")
     # Graded responses have no budgets: their one row is the file itself.
-    rows = [stored.get("unconstrained", stored), *stored.get("budgets", [])]
+    budgets = stored.get("budgets", [])
+    if not isinstance(budgets, list):
+        raise InputError(f"{path}: budgets must be a list, one entry each, and is {budgets!r}: {REMEDY}")
+    rows = [stored.get("unconstrained", stored), *budgets]
     return Evaluation(
         path=path,
         model=str(stored.get("model", stored.get("data", path))),

@@ -63,7 +63,7 @@ def _is_whole(result: Mapping[str, Any]) -> bool:
     """Whether ``trsd.evaluate`` wrote it, and not another program that keeps per-question results."""
     return (
         all(name in result for name in KEPT_BY_EVALUATE)
-        and "mean_thinking_tokens" in result["unconstrained"]
+        and all(name in result["unconstrained"] for name in ("accuracy", "mean_thinking_tokens"))
         and all(name in row for row in result["budgets"] for name in SHOWN_OF_BUDGETS)
     )
 

@@ -186,7 +186,9 @@ def check_model(model: PreTrainedModel) -> None:
     model.eval()
     try:
         ids = torch.arange(1, 5, device=head.weight.device)[None]
-        refuse_other_logits(model, hidden_states_of(model, ids), model(input_ids=ids, use_cache=False).logits)
+        # accelerate's mixed precision is around forward alone, and keeps what it is around under this name.
+        forward = getattr(model, "_original_forward", model)
+        refuse_other_logits(model, hidden_states_of(model, ids), forward(input_ids=ids, use_cache=False).logits)
     finally:
         model.train(training)
 

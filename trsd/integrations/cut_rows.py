@@ -52,8 +52,8 @@ def cut_rows(method: Method, *, epoch: int = 0, trace_indices: Sequence[int] | N
         teacher = _teacher_columns(method.teacher_example(index))
         for example in method.examples([(epoch, index)]):
             found += [row | teacher for row in _rows(example)]
-    # A data set has the same columns in every row.
-    if any(THINKING in row for row in found):
+    # A data set has the same columns in every row, of every epoch.
+    if getattr(method, "keep_thinking", False):
         found = [{THINKING: [IGNORE] * len(row["input_ids"])} | row for row in found]
     return found
 
@@ -129,8 +129,10 @@ class CutRowCollator:
             batch[f"{who}input_ids"] = self._padded(ids, self.pad_token_id)
             batch[f"{who}attention_mask"] = self._padded([[1] * len(row) for row in ids], 0)
             batch[f"{who}labels"] = self._padded([row[f"{who}labels"] for row in rows], IGNORE)
-        if THINKING in rows[0]:
-            batch[THINKING] = self._padded([row[THINKING] for row in rows], IGNORE)
+        if any(THINKING in row for row in rows):
+            none = [[IGNORE] * len(row["input_ids"]) for row in rows]
+            shown = [row.get(THINKING, instead) for row, instead in zip(rows, none, strict=True)]
+            batch[THINKING] = self._padded(shown, IGNORE)
         return batch
 
     def _padded(self, lists: Sequence[Sequence[int]], value: int) -> Tensor:

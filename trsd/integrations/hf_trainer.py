@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from trsd.errors import InputError
 from trsd.integrations.causal_lm import run_through
@@ -31,6 +32,9 @@ class CutRowLoss:
         refuse_shards(self)
         if self.args.n_gpu > 1:
             raise InputError("several GPUs in one process are not supported: start a process for each (torchrun)")
+        logits = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
+        if given := [name for name in logits if getattr(self, name, None) is not None]:
+            raise InputError(f"{', '.join(given)}: made for logits, and this trainer makes none: leave it out")
         options = {"alpha": 1.0} | (distill_options or {})
         self.row_loss = RowLoss(self.model, teacher_model, thinking_weight=thinking_weight, **options)
         self.model_accepts_loss_kwargs = True  # the loss is normalised by the whole step, whatever the model's is
@@ -42,10 +46,8 @@ class CutRowLoss:
     ) -> tuple[list[Any], Tensor | int | None]:
         """The batches of an optimizer step and their labels' number; the counts of both terms are kept."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.zeros(2, dtype=torch.int64)
-        for batch in samples:
-            counts += torch.stack(row_counts(batch))
-        counts = counts.to(device)
+        found = [torch.stack(row_counts(batch)) for batch in samples]
+        counts = torch.stack(found or [torch.zeros(2, dtype=torch.int64)]).sum(0).to(device)
         if self.args.average_tokens_across_devices:
             counts = self.accelerator.reduce(counts, "sum")
         self._step_counts = RowCounts(*counts)
@@ -60,10 +62,11 @@ class CutRowLoss:
     ) -> Tensor:
         """The loss of one batch: of a step's in training, of its own tokens in evaluation."""
         if return_outputs:
-            raise InputError("this trainer makes no logits: leave compute_metrics out, or set prediction_loss_only")
+            raise InputError("this trainer makes no logits to return: leave return_outputs out")
         counts = self._step_counts if self.model.training else None
         student = self.accelerator.unwrap_model(model)
-        terms = run_through(model, student, self.row_loss, student, inputs, counts)
+        with self.accelerator.autocast():  # accelerate's own is around the model's forward, which is not what is run
+            terms = run_through(model, student, self.row_loss, student, inputs, counts)
         self._means["train" if self.model.training else "eval"].add(terms, inputs, counts)
         if counts is not None and self.args.average_tokens_across_devices:
             return terms.loss * self.accelerator.num_processes  # DDP takes the mean over processes
@@ -78,11 +81,21 @@ class CutRowLoss:
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The trainer's own, with the terms of the loss."""
-        mode = "train" if self.model.training else "eval"
-        means = self._means[mode].take(lambda sums: self.accelerator.reduce(sums, "sum"))
-        prefix = "" if mode == "train" else "eval_"
-        logs.update({prefix + name: value for name, value in means.items()})  # also for metric_for_best_model
+        if self.model.training:
+            logs.update(self._take("train"))
         super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """The trainer's own; loss and terms are means over all tokens, whatever the batches."""
+        self._means["eval"] = TermMeans()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if means := self._take("eval"):
+            means["loss"] = self.row_loss.of_means(**means)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def _take(self, mode: str) -> dict[str, float]:
+        return self._means[mode].take(lambda sums: self.accelerator.reduce(sums, "sum"))
 
 
 class DistillTrainer(CutRowLoss, Trainer):

@@ -11,6 +11,7 @@ DataLoader's ``batch_size`` with ``micro_batch_size``, and ``max_grad_norm``. Ru
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -99,10 +100,13 @@ class CutRowModule(LightningModule):
         optimizer = self.optimizers()
         counts = RowCounts(*self._over_ranks(torch.stack(row_counts(batch))))
         optimizer.zero_grad()
-        totals = torch.zeros(4, device=self.device)
-        for rows in _micro_batches(batch, self.micro_batch_size):
-            terms = self.row_loss(self.student, rows, counts)
-            self.manual_backward(terms.loss * self.trainer.world_size)  # DDP takes the mean over ranks
+        totals = torch.zeros(4, dtype=torch.float32, device=self.device)
+        parts = list(_micro_batches(batch, self.micro_batch_size))
+        for number, rows in enumerate(parts, start=1):
+            # Gradients go to the other ranks once, with the last rows: how many parts a rank has is its own affair.
+            with nullcontext() if number == len(parts) else self._unshared():
+                terms = self.row_loss(self.student, rows, counts)
+                self.manual_backward(terms.loss * self.trainer.world_size)  # DDP takes the mean over ranks
             totals += torch.stack(terms).detach()
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.max_grad_norm)
         optimizer.step()
@@ -121,6 +125,10 @@ class CutRowModule(LightningModule):
         means["loss"] = self.row_loss.of_means(**means)
         self.log_dict({f"val_{name}": value for name, value in means.items()}, prog_bar=True)
 
+    def _unshared(self) -> AbstractContextManager[None]:
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
+
     def _over_ranks(self, values: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(values, reduce_op="sum")
 
@@ -131,8 +139,11 @@ class CutRowModule(LightningModule):
 
 
 def _micro_batches(batch: Mapping[str, Tensor], size: int | None) -> Iterator[dict[str, Tensor]]:
-    """Some rows at a time, without the columns in which all of them are padding."""
-    for start in range(0, len(batch["labels"]), size or len(batch["labels"])):
+    """Some rows at a time, without the columns in which all of them are padding; None: the batch as it is."""
+    if size is None:
+        yield dict(batch)
+        return
+    for start in range(0, len(batch["labels"]), size):
         rows = {name: column[start:][:size] for name, column in batch.items()}
         for name in ("", "teacher_"):
             longest = int(rows[f"{name}attention_mask"].sum(1).max())

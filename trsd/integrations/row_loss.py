@@ -98,17 +98,17 @@ class RowLoss:
                 ``alpha`` 0.
             alpha: share of the divergence.
             thinking_weight: of the cross-entropy of rows' thinking labels.
-            vocab_size: tokens that the distributions are over; None: what both heads have, which is the tokenizer's
-                vocabulary and perhaps some padding.
+            vocab_size: tokens that the divergence, and the cross-entropy beside it, are over; None: what both heads
+                have, which is the tokenizer's vocabulary and perhaps some padding. Cross-entropy alone (``alpha`` 0,
+                thinking labels) is over the student's whole head.
             chunk_bytes: working memory of the loss.
             **options: of ``trsd_kernels.DistillOptions``; soft caps and scales of the logits are the models' own.
 
         Raises:
-            InputError: a model whose logits are not its last hidden states times a plain lm_head, or no teacher where
-                there is a divergence.
+            InputError: a model whose logits are not its last hidden states times a plain lm_head, a teacher that would
+                be trained with the student, or none where there is a divergence.
         """
-        if teacher is student:
-            raise InputError("the teacher is the student itself and would move with it: give a copy (copy.deepcopy)")
+        refuse_shared(student, teacher)
         if teacher is None and alpha > 0:
             raise InputError(f"alpha {alpha} is the share of a divergence from a teacher: give one, or alpha=0")
         self.teacher = None if teacher is None or alpha == 0 else teacher.requires_grad_(False).eval()
@@ -180,6 +180,16 @@ def plain_head(model: PreTrainedModel) -> nn.Linear:
     if head.bias is not None:
         raise InputError(f"{name}: expected an lm_head without bias")
     return head
+
+
+def refuse_shared(student: nn.Module, teacher: nn.Module | None) -> None:
+    """Raise where training the student would move the teacher: frozen parameters may be shared, such as a base's."""
+    theirs = set() if teacher is None else {id(parameter) for parameter in teacher.parameters()}
+    if teacher is student or any(id(p) in theirs and p.requires_grad for p in student.parameters()):
+        raise InputError(
+            "the teacher is the student itself, or has its adapter in it, and would move with it: give a copy "
+            "(copy.deepcopy, before an adapter is added)"
+        )
 
 
 def check_logits_of_rows(model: PreTrainedModel) -> None:

@@ -12,6 +12,8 @@ too and, by default, the same number; in fp32 the two agree to 1e-6. What differ
     rounding       The JSD's gradient is a difference of nearly equal numbers where the student is certain of a token:
                    TRL's, in fp32, is 1e-4 off there, ours 2e-6. Of bf16 operands both round the gradient of the logits
                    to bf16 on a GPU, and TRL on a CPU too; under autocast on a CPU TRL also rounds the operands.
+    bf16=True      (TRL's default) asks accelerate for autocast, which accelerate puts around the model's forward. TRL
+                   runs body and head past that: fp32 weights are run in fp32. Here they are run in bf16.
     positions      TRL pads prompts on the left and gives no position_ids. A model with learnt positions (GPT-2) then
                    sees a row otherwise than in generation, and its loss depends on the other rows of the batch. Here
                    positions count from the first real token. Rotary positions are relative: nothing changes.
@@ -38,7 +40,7 @@ from transformers import PreTrainedModel
 from trsd.errors import InputError
 from trsd.integrations.cut_rows import IGNORE, CutRowCollator
 from trsd.integrations.hf_trainer import CutRowLoss, refuse_shards
-from trsd.integrations.row_loss import check_logits_of_rows, plain_head
+from trsd.integrations.row_loss import check_logits_of_rows, plain_head, refuse_shared
 from trsd.models import logit_options
 from trsd_kernels import FusedLinearDistillation
 
@@ -67,6 +69,7 @@ class FusedDistillationTrainer(DistillationTrainer):
         if self._is_vlm or self.teacher_model is None:
             raise InputError("expected text alone and a teacher_model in this process: use trl.DistillationTrainer")
         teacher = self.accelerator.unwrap_model(self.teacher_model)
+        refuse_shared(self.model, teacher)
         check_logits_of_rows(self.model)
         check_logits_of_rows(teacher)
         options = {
@@ -89,17 +92,18 @@ class FusedDistillationTrainer(DistillationTrainer):
         learnt = inputs["completion_mask"] * inputs.get("tool_mask", 1) != 0
         labels = inputs["completion_ids"].masked_fill(~learnt, IGNORE)
         teacher = self.accelerator.unwrap_model(self.teacher_model).eval()
-        student_states = _completion_states(unwrapped_student, ids, mask, labels.shape[1])
-        with torch.no_grad():
-            teacher_states = _completion_states(teacher, ids, mask, labels.shape[1])
-        out = self.distill(
-            student_states.flatten(0, 1),
-            plain_head(unwrapped_student).weight,
-            teacher_states.flatten(0, 1),
-            plain_head(teacher).weight,
-            labels.flatten(),
-            num_items_in_batch=num_items_in_batch,
-        )
+        with self.accelerator.autocast():
+            student_states = _completion_states(unwrapped_student, ids, mask, labels.shape[1])
+            with torch.no_grad():
+                teacher_states = _completion_states(teacher, ids, mask, labels.shape[1])
+            out = self.distill(
+                student_states.flatten(0, 1),
+                plain_head(unwrapped_student).weight,
+                teacher_states.flatten(0, 1),
+                plain_head(teacher).weight,
+                labels.flatten(),
+                num_items_in_batch=num_items_in_batch,
+            )
         return out.loss, out.per_token.student_entropy.sum(), learnt.sum()
 
 
@@ -141,7 +145,8 @@ class CutRowTrainer(CutRowLoss, SFTTrainer):
         _refuse_other_losses(args)
         args.remove_unused_columns = False
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        kwargs.setdefault("data_collator", CutRowCollator(max_length=args.max_length))
+        multiple = args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else None
+        kwargs.setdefault("data_collator", CutRowCollator(max_length=args.max_length, pad_to_multiple_of=multiple))
         super().__init__(model, args, **kwargs)
         if self.aux_loss_enabled:
             raise InputError("the router's auxiliary loss is not part of this loss: set router_aux_loss_coef=0")
@@ -153,6 +158,11 @@ def _refuse_other_losses(args: SFTConfig) -> None:
     given = {
         "packing": args.packing,
         "padding_free": args.padding_free,
+        "eval_packing": bool(args.eval_packing),
+        "shuffle_dataset": args.shuffle_dataset,
+        "completion_only_loss": bool(args.completion_only_loss),
+        "assistant_only_loss": args.assistant_only_loss,
+        "truncation_mode": args.truncation_mode != SFTConfig.truncation_mode,
         "loss_type": args.loss_type != "nll",
         "label_smoothing_factor": args.label_smoothing_factor > 0,
     }
