@@ -1,5 +1,6 @@
 import html
 import json
+from pathlib import Path
 
 import pytest
 from conftest import refusal
@@ -255,3 +256,31 @@ def test_page_of_questions_in_common_shows_no_curve_of_the_others(evaluated, tmp
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "left out: 1 questions of A and 1 of B" in page and "<img" not in page and "area under" not in page
     assert "Side by side" in page
+
+
+def test_mean_tokens_of_other_questions_are_not_shown(write, capsys):
+    paths = [str(write("a.json", evaluation(ONE))), str(write("b.json", evaluation(OTHER, ids="bcde")))]
+    found = compare(*(read_evaluation(Path(path)) for path in paths), common=True)
+    assert found["rows"][0]["mean_tokens"] == [None, None]
+
+
+def test_page_of_evaluations_without_budgets_has_no_curve(tmp_path, tokenizer, think, capsys):
+    decoder = Decoder(Scripted(tokenizer, "2+1\n</think>\n\n3", "3"), tokenizer, think)
+    result = evaluate(decoder, questions("3", "4"), (), max_thinking_tokens=50, max_answer_tokens=20)
+    for name in "ab":
+        write_json(tmp_path / name / "evaluation.json", {"model": name} | result)
+    page = page_of([tmp_path / "a", tmp_path / "b"], tmp_path)
+    assert "Accuracy against thinking budget" not in page and "unconstrained accuracy" in page
+
+
+@pytest.mark.parametrize("change", [{"budgets": None}, {"budgets": 5}])
+def test_budgets_that_are_no_list_are_refused(write, change):
+    with pytest.raises(ValueError, match=r"a\.json: budgets must be a list.*evaluate again"):
+        read_evaluation(write("a.json", evaluation(ONE) | change))
+
+
+def test_a_page_needs_no_accuracy_that_is_not_there(write, tmp_path, capsys):
+    """Another program's file with more than per-question results, and less than ours."""
+    more = {"auc": 0.5, "unconstrained": {"correct": ONE, "mean_thinking_tokens": 3.0}}
+    page = page_of([write("a.json", evaluation(ONE) | more), write("b.json", evaluation(OTHER) | more)], tmp_path)
+    assert "Is the difference real?" in page

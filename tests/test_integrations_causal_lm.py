@@ -309,3 +309,49 @@ def test_two_ranks_have_the_gradients_of_one(models, method, tmp_path, wrapping)
     mp.spawn(run_rank, args=(port, tmp_path, wrapping), nprocs=2)
     add_forward_distill(student).forward_distill(**batch, **targets, **OPTIONS).loss.backward()
     assert_same_gradients(student, torch.load(tmp_path / "gradients.pt"))
+
+
+def biased(vocab_size, seed):
+    """A model whose lm_head has a bias, as Phi's."""
+    torch.manual_seed(seed)
+    config = PhiConfig(**(NO_HEAD_DIM | {"vocab_size": vocab_size}), resid_pdrop=0.0, embd_pdrop=0.0)
+    model = PhiForCausalLM(config).eval()
+    for parameter in model.get_output_embeddings().parameters():
+        parameter.data.normal_(std=1.0)
+    return model.double()
+
+
+@pytest.mark.parametrize("sizes", [(97, 97), (97, 120), (120, 97)], ids=["alike", "teacher padded", "student padded"])
+def test_biases_of_both_heads_are_in_the_loss(sizes):
+    student, teacher = add_forward_distill(biased(sizes[0], 0)), biased(sizes[1], 1)
+    ids = torch.arange(3, 15).view(2, 6)
+    found = student.forward_distill(ids, ids, **teacher_targets(teacher, ids), alpha=1.0).loss
+    q, p = (m(input_ids=ids).logits[:, :-1, : min(sizes)].log_softmax(-1) for m in (student, teacher))
+    torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1).mean(), rtol=1e-10, atol=0)
+
+
+def test_weights_go_with_the_labels_where_the_teacher_has_only_their_rows(models, method):
+    student, teacher = models
+    batch = batch_of(cut_rows(method))
+    learnt = batch["labels"][:, 1:] != -100
+    weights = torch.zeros(batch["labels"].shape)
+    weights[:, 1:][learnt] = torch.arange(1.0, learnt.sum() + 1)
+    inputs = batch["input_ids"], batch["labels"]
+    shared = dict(attention_mask=batch["attention_mask"], **batch_targets(teacher, batch), alpha=1.0, reduction="sum")
+    found = student.forward_distill(*inputs, token_weights=weights, **shared)
+    wanted = student.forward_distill(*inputs, **shared).per_token.divergence @ weights[:, 1:][learnt]
+    assert found.loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_positions_are_those_given(tokenizer, method):
+    """Rotary positions are relative, so they are stretched."""
+    student = add_forward_distill(padded_model(tokenizer))
+    ids = torch.arange(3, 23).view(2, 10)
+    positions = 3 * torch.arange(10).expand(2, 10)
+    mask = torch.ones_like(ids)  # without one transformers takes a jump of the positions for another sequence's begin
+    found = student.forward_distill(ids, ids, attention_mask=mask, position_ids=positions, alpha=0.0).loss
+    wanted = student(input_ids=ids, attention_mask=mask, position_ids=positions, labels=ids).loss
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert found.item() != pytest.approx(student(input_ids=ids, labels=ids).loss.item(), rel=1e-3)
+    teacher = teacher_targets(student, ids, attention_mask=mask, position_ids=positions)["teacher_hidden_states"]
+    assert not torch.allclose(teacher, teacher_targets(student, ids)["teacher_hidden_states"], rtol=1e-3)

@@ -153,3 +153,28 @@ def test_a_row_longer_than_asked_for_is_refused(branched):
     CutRowCollator(max_length=longest)(rows)
     with pytest.raises(InputError, match=f"{longest} tokens.*max_length"):
         CutRowCollator(max_length=longest - 1)(rows)
+
+
+def test_rows_of_all_epochs_have_the_same_columns(traces, think):
+    """Of two traces that are cut to nothing or not at all, some epochs show no reasoning."""
+    method = TRSD(traces[:2], think, fractions([0.0, 1.0]), seed=0, keep_thinking=True)
+    epochs = [cut_rows(method, epoch=epoch) for epoch in range(20)]
+    assert any(not any(learnt(row, "thinking_labels") for row in rows) for rows in epochs)
+    assert len({frozenset(row) for rows in epochs for row in rows}) == 1
+
+
+@pytest.mark.parametrize("first", ["with", "without"])
+def test_rows_with_and_without_shown_reasoning_may_stand_in_one_batch(branched, first):
+    """As where data of two methods are mixed."""
+    row = next(row for row in cut_rows(branched) if learnt(row, "thinking_labels"))
+    without = {name: column for name, column in row.items() if name != "thinking_labels"}
+    found = CutRowCollator()([row, without] if first == "with" else [without, row])["thinking_labels"]
+    kept, none = found if first == "with" else found.flip(0)
+    assert kept.tolist() == row["thinking_labels"] and (none == IGNORE).all()
+
+
+def test_a_first_token_that_is_a_label_is_none_for_nothing_predicts_it(branched):
+    row = cut_rows(branched)[0]
+    labels = [row["input_ids"][0], *[IGNORE] * (len(row["labels"]) - 1)]
+    with pytest.raises(InputError, match="row 0 .* no label to learn"):
+        CutRowCollator()([row | {"labels": labels, "teacher_labels": labels + row["teacher_labels"][len(labels) :]}])

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +16,16 @@ from torch.utils.data import DataLoader
 from trsd.cuts import uniform
 from trsd.errors import InputError
 from trsd.integrations.cut_rows import CutRowCollator, cut_rows
+from trsd.integrations.row_loss import RowCounts, row_counts
 from trsd.methods.lsp import LSP, learnable
 from trsd.methods.trsd import TRSD
 from trsd.truncation import fraction
 
 lightning = pytest.importorskip("lightning")
 
-from trsd.integrations.lightning_module import CutRowModule  # noqa: E402
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy  # noqa: E402
+
+from trsd.integrations.lightning_module import CutRowModule, _micro_batches  # noqa: E402
 
 OPTIONS = [{}, dict(alpha=0.6, divergence="jsd", beta=0.3, temperature=2.0)]
 
@@ -166,8 +170,9 @@ import torch
 from conftest import REASONER, make_traces
 from integration_cases import padded_model
 from test_integrations_lightning import CutRowModule, loader, trainer_of
+from torch.utils.data import DataLoader
 from trsd.cuts import uniform
-from trsd.integrations.cut_rows import cut_rows
+from trsd.integrations.cut_rows import CutRowCollator, cut_rows
 from trsd.methods.trsd import TRSD
 from trsd.models import load_tokenizer
 from trsd.thinking import ThinkFormat
@@ -182,21 +187,37 @@ class SGD(CutRowModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.student.parameters(), lr=0.1)
 
-def run(devices):
+class Uneven:
+    # The eight first rows, of which one rank has five and the other three.
+    def __init__(self, devices):
+        self.devices = devices
+
+    def __iter__(self):
+        parts = [range(5), range(5, 8)] if self.devices == 2 else [range(8)]
+        rank = torch.distributed.get_rank() if self.devices == 2 else 0
+        yield from [list(parts[rank])] * 2
+
+    def __len__(self):
+        return 2
+
+def run(devices, uneven=False):
     models = padded_model(tokenizer, seed=0), padded_model(tokenizer, seed=1)
     settings = dict(devices=devices, strategy="ddp_fork" if devices > 1 else "auto", max_steps=2)
+    settings |= dict(use_distributed_sampler=not uneven)
     trainer = trainer_of(**settings)
     module = SGD(*models, micro_batch_size=2)
-    trainer.fit(module, loader(rows, batch_size=14 // devices))
+    batches = DataLoader(rows, collate_fn=CutRowCollator(), batch_sampler=Uneven(devices))
+    trainer.fit(module, batches if uneven else loader(rows, batch_size=14 // devices))
     return {name: float(value) for name, value in trainer.callback_metrics.items()}, module.student.state_dict()
 
-two, weights = run(2)
-one, wanted = run(1)
-assert one["loss"] > 0
-for name, value in one.items():
-    assert abs(two[name] - value) <= 1e-5 * abs(value) + 1e-7, (name, two[name], value)
-for name, value in wanted.items():
-    assert torch.allclose(weights[name], value, atol=1e-6), name
+for uneven in (False, True):
+    two, weights = run(2, uneven)
+    one, wanted = run(1, uneven)
+    assert one["loss"] > 0
+    for name, value in one.items():
+        assert abs(two[name] - value) <= 1e-5 * abs(value) + 1e-7, (name, two[name], value)
+    for name, value in wanted.items():
+        assert torch.allclose(weights[name], value, atol=1e-6), name
 print("the same")
 """
 
@@ -213,3 +234,41 @@ def test_two_ranks_take_the_step_of_one():
         env=os.environ | {"PYTHONPATH": paths},
     )
     assert result.returncode == 0 and "the same" in result.stdout, result.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "strategy,precision,message",
+    [("single", "16-mixed", "scaled gradients"), ("fsdp", "32-true", "FSDPStrategy: expected one device or DDP")],
+)
+def test_what_would_not_train_as_said_is_refused(models, strategy, precision, message):
+    kinds = {"single": lambda: SingleDeviceStrategy(torch.device("cpu")), "fsdp": FSDPStrategy}
+    module = CutRowModule(*models)
+    module._trainer = SimpleNamespace(strategy=kinds[strategy](), precision=precision)
+    with pytest.raises(InputError, match=message):
+        module.on_fit_start()
+
+
+def test_a_teacher_with_the_students_adapter_in_it_is_refused(models):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(models[0], peft.LoraConfig(r=4, task_type="CAUSAL_LM"))
+    with pytest.raises(InputError, match="before an adapter is added"):
+        CutRowModule(adapted, models[0])
+
+
+def test_a_batch_that_runs_at_once_keeps_its_padding(method):
+    batch = CutRowCollator(pad_to_multiple_of=64)(cut_rows(method))
+    (whole,) = _micro_batches(batch, None)
+    assert all(torch.equal(whole[name], batch[name]) for name in batch)
+    parts = list(_micro_batches(batch, 5))
+    assert all(part["input_ids"].shape[1] == part["attention_mask"].sum(1).max() for part in parts)
+    assert sum(len(part["labels"]) for part in parts) == len(batch["labels"])
+
+
+def test_terms_of_bf16_weights_are_added_in_fp32(models, method):
+    module = CutRowModule(*models, learning_rate=0.0, micro_batch_size=2)
+    trainer = trainer_of(precision="bf16-true")
+    trainer.fit(module, loader(cut_rows(method)))
+    parts = list(_micro_batches(CutRowCollator()(cut_rows(method)), 2))
+    counts = RowCounts(*(sum(found) for found in zip(*map(row_counts, parts), strict=True)))
+    wanted = sum(module.row_loss(module.student, part, counts).loss.item() for part in parts)
+    assert trainer.logged_metrics["loss"].item() == pytest.approx(wanted, rel=1e-5)

@@ -313,7 +313,17 @@ def test_rows_longer_than_max_length_are_refused(tokenizer, tmp_path, method):
         trainer.train()
 
 
-REFUSED = {"packing": True, "padding_free": True, "loss_type": "dft", "label_smoothing_factor": 0.1}
+REFUSED = {
+    "packing": True,
+    "eval_packing": True,
+    "padding_free": True,
+    "loss_type": "dft",
+    "label_smoothing_factor": 0.1,
+    "shuffle_dataset": True,
+    "completion_only_loss": True,
+    "assistant_only_loss": True,
+    "truncation_mode": "keep_end",
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -382,3 +392,73 @@ def test_two_ranks_take_the_offline_steps_of_one(tmp_path):
     assert len(logged[0]) == 8 and logged[1] == pytest.approx(logged[0], rel=1e-4)
     for name, wanted in weights[0].items():
         assert torch.allclose(weights[1][name], wanted, atol=1e-6), name
+
+
+def test_lengths_are_rounded_up_as_trls_setting_says(tokenizer, tmp_path, method):
+    rows = cut_rows(method)
+    trainer = offline(tokenizer, tmp_path, rows, pad_to_multiple_of=64)
+    assert {column.shape[1] % 64 for column in trainer.data_collator(rows[:3]).values()} == {0}
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_on_policy_mixed_precision_is_that_of_the_arguments(tokenizer, tmp_path, bf16):
+    """TRL's default is True, and its own trainer runs fp32 weights in fp32 under it."""
+    trainer = on_policy(FusedDistillationTrainer, tokenizer, tmp_path, bf16=bf16)
+    inputs, seen = micro_batch(trainer), set()
+    for model in (trainer.model, trainer.accelerator.unwrap_model(trainer.teacher_model)):
+        model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *args: seen.add(args[2].dtype))
+    loss, gradients = loss_and_gradients(trainer, inputs)
+    assert seen == {torch.bfloat16 if bf16 else torch.float32}
+    assert loss > 0 and {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["on policy", "offline"])
+def test_a_teacher_that_the_students_adapter_is_put_into_is_refused(tokenizer, tmp_path, method, kind):
+    peft = pytest.importorskip("peft")
+    model, adapter = padded_model(tokenizer, seed=0), peft.LoraConfig(r=4, task_type="CAUSAL_LM")
+    with pytest.raises(InputError, match="before an adapter is added"):
+        if kind == "offline":
+            rows = datasets.Dataset.from_list(cut_rows(method))
+            args = trl.SFTConfig(output_dir=str(tmp_path), **SHARED)
+            CutRowTrainer(model, model, args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter)
+        else:
+            FusedDistillationTrainer(
+                model=model,
+                teacher_model=model,
+                args=trl.DistillationConfig(output_dir=str(tmp_path), **SHARED),
+                train_dataset=datasets.Dataset.from_list(QUESTIONS),
+                processing_class=tokenizer,
+                peft_config=adapter,
+            )
+
+
+def granite(tokenizer, seed, scale):
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    torch.manual_seed(seed)
+    config = GraniteConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, initializer_range=0.5, logits_scaling=scale, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return GraniteForCausalLM(config).eval()
+
+
+def test_both_models_own_scales_and_tool_masks_are_in_the_loss(tokenizer, tmp_path):
+    trainer = FusedDistillationTrainer(
+        model=granite(tokenizer, 0, 2.0),
+        teacher_model=granite(tokenizer, 1, 4.0),
+        args=trl.DistillationConfig(output_dir=str(tmp_path), beta=0.0, **SHARED),
+        train_dataset=datasets.Dataset.from_list(QUESTIONS),
+        processing_class=tokenizer,
+    )
+    prompt, answer = torch.arange(5, 9)[None], torch.arange(20, 26)[None]
+    tools = torch.tensor([[1, 0, 0, 1, 1, 1]])
+    inputs = dict(prompt_ids=prompt, completion_ids=answer, tool_mask=tools)
+    inputs |= {f"{name}_mask": torch.ones_like(inputs[f"{name}_ids"]) for name in ("prompt", "completion")}
+    found = trainer.compute_loss(trainer.model.eval(), inputs).item()
+    ids = torch.cat([prompt, answer], 1)
+    q, p = (
+        m(input_ids=ids).logits[:, 3:-1].log_softmax(-1)[tools != 0] for m in (trainer.model, trainer.teacher_model)
+    )
+    assert found == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-5)

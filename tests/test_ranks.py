@@ -47,9 +47,17 @@ def test_a_rank_without_a_row_runs_one_that_weighs_nothing():
 
 @pytest.mark.parametrize("variables", [dict(RANK="2", WORLD_SIZE="2"), dict(RANK="x", WORLD_SIZE="2")])
 def test_an_environment_that_is_no_rank_is_refused(monkeypatch, variables):
-    for name, value in variables.items():
+    for name, value in (dict(MASTER_ADDR="localhost", MASTER_PORT="1") | variables).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="torchrun"):
+    with pytest.raises(InputError, match="are no rank of a run: start it by torchrun"):
+        launched_ranks()
+
+
+def test_ranks_that_know_no_address_are_refused(monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="MASTER_ADDR or MASTER_PORT is missing: start it by torchrun"):
         launched_ranks()
 
 
