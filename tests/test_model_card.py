@@ -45,6 +45,13 @@ def result(accuracy, tokens=(0, 40)):
     }
 
 
+def test_figures_before_and_after_stand_in_columns_of_their_own(tokenizer, think):
+    text = card_of(tokenizer, think).text(7, result(0.25), result(0.75))
+    assert "| 40 | 40 | 0.250 [0.150, 0.350] | 0.750 [0.650, 0.850] |" in text
+    assert "| free | 90 → 90 | 0.250 [0.150, 0.350] | 0.750 [0.650, 0.850] |" in text
+    assert "Area under the curve: 0.125 → 0.375." in text
+
+
 def blocks(text, language):
     return re.findall(rf"^```{language}\n(.*?)\n```$", text, flags=re.DOTALL | re.MULTILINE)
 

@@ -77,10 +77,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     ranks, on_gpu = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)  # on which NCCL and FSDP's mesh work
     if ranks > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo")
     rank = dist.get_rank() if ranks > 1 else 0
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
 
     folder = resolve_bundled(args.student)
     tokenizer = AutoTokenizer.from_pretrained(folder)
