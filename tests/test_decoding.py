@@ -12,6 +12,7 @@ from trsd.decoding import Decoder, Limits
 from trsd.decoding_arguments import DecodingArguments, as_trained, check_decoding
 from trsd.engines import Sampling
 from trsd.errors import InputError
+from trsd.flags import parse_flags
 from trsd.model_card import front_matter
 from trsd.models import PACKED_ATTENTION
 from trsd.recipe import Recipe
@@ -279,3 +280,8 @@ def test_where_all_is_given_no_card_is_read_and_nothing_said(tmp_path, tiny_fold
     assert as_trained(given) is given and capsys.readouterr().out == ""
     with pytest.raises(InputError, match="expected method, closer"):
         as_trained(replace(given, closer=None))
+
+
+def test_the_models_flag_may_be_called_as_in_training():
+    for name in ("--model", "--model_name_or_path"):
+        assert parse_flags(DecodingArguments, [name, "m"], prog="p").model == "m"

@@ -348,3 +348,10 @@ def test_truncated_weights_are_refused(tiny_folder):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match="cannot be loaded"):
         load_model(tiny_folder, dtype=torch.float32, device="cpu")
+
+
+def test_the_folder_of_a_run_is_told_its_last_checkpoint(tmp_path):
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"its last checkpoint is .*checkpoint-10$"):
+        model_folder(str(tmp_path))

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from trsd.recipe import AttentionBackend, Recipe, resolve_budgets, with_method_defaults
-from trsd.recipe_file import parse_recipe, recipe_as_yaml, shipped_recipes
+from trsd.recipe_file import load_recipe, parse_recipe, recipe_as_yaml, shipped_recipes
 from trsd_kernels.attention_backends import BACKENDS
 
 
@@ -210,3 +210,64 @@ def test_another_method_over_a_recipe_starts_from_its_own_defaults_and_says_so(w
 def test_lsp_may_learn_from_the_student_it_was(write):
     recipe = parse_recipe(["--config", write("method: lsp\nteacher: adapter_off\nlora_rank: 8\n")])[0]
     assert recipe.teacher_model_name_or_path is None and recipe.alpha == 0.5
+
+
+@pytest.mark.parametrize(
+    "words,wanted",
+    [
+        (["--bf16"], True),
+        (["--bf16", "--seed", "3"], True),
+        (["--bf16", "False"], False),
+        (["--bf16=False"], False),
+        (["--close-unfinished", "--bf16", "True"], True),
+    ],
+)
+def test_a_switch_alone_means_true(words, wanted):
+    recipe, _, _ = parse_recipe([*words, "--data", "d.jsonl"])
+    assert recipe.bf16 is wanted and recipe.close_unfinished == ("--close-unfinished" in words)
+
+
+@pytest.mark.parametrize(
+    "words,wanted", [(["--dry_run"], True), (["--dry_run", "True"], True), (["--dry_run=False"], False), ([], False)]
+)
+def test_dry_run_is_a_switch_like_any(words, wanted):
+    assert parse_recipe([*words, "--seed", "4"])[2] is wanted
+
+
+def test_a_model_as_teacher_is_told_its_flag(capsys):
+    for name in ("bundled:reasoner", "Qwen/Qwen3-8B"):
+        with pytest.raises(SystemExit) as exit_:
+            parse_recipe(["--teacher", name])
+        said = capsys.readouterr().err
+        assert exit_.value.code == 2
+        assert "a model goes to --teacher_model_name_or_path" in said and "hidden_cache" in said
+
+
+def test_a_method_that_is_none_is_refused_before_anything_is_said_of_the_recipe(capsys):
+    with pytest.raises(SystemExit):
+        parse_recipe(["--method", "LSP"])
+    said = capsys.readouterr()
+    assert "left out" not in said.err and "LSP" in said.err + said.out
+
+
+@pytest.mark.parametrize(
+    "words,hint",
+    [
+        (["questions.jsonl"], "hint: --data questions.jsonl?"),
+        (["--eval_budgets", "0,", "50%"], "hint: a list is one word, without spaces: 0,50%"),
+    ],
+)
+def test_words_that_belong_to_no_flag_come_with_what_was_meant(words, hint, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse_recipe(words)
+    assert exit_.value.code == 2 and hint in capsys.readouterr().err
+
+
+def test_a_wrong_type_in_yaml_names_the_file_and_a_command_whose_help_there_is(tmp_path, capsys):
+    path = tmp_path / "r.yaml"
+    path.write_text("seed: fast\n")
+    with pytest.raises(SystemExit):
+        load_recipe(path)
+    said = capsys.readouterr()
+    text = " ".join((said.out + said.err).split())
+    assert "python -m trsd.train --help" in text and f"is wrong in {path}" in text and "expected a whole number" in text

@@ -1,7 +1,12 @@
-"""Flags of a command line from the fields of a dataclass: names with underscores, tuples as ``a,b,c``."""
+"""Flags of a command line from the fields of a dataclass: names with underscores, tuples as ``a,b,c``.
 
+A switch takes True or False, and alone it means True.
+"""
+
+import sys
 from collections.abc import Sequence
-from typing import Any, TypeVar, get_args
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -66,12 +71,43 @@ def parse_flags(arguments: type[Arguments], words: Sequence[str] | None, *, prog
         prog: what the help calls the command.
         **options: of ``tyro.cli``, such as ``default`` and ``description``.
     """
-    return tyro.cli(
-        arguments,
-        args=words,
-        prog=prog,
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
-        registry=_REGISTRY,
-        **options,
-    )
+    kinds = get_type_hints(arguments)
+    switches = {name for name, kind in kinds.items() if kind is bool or bool in get_args(kind)}
+    words = with_values(sys.argv[1:] if words is None else words, switches)
+    try:
+        return tyro.cli(
+            arguments,
+            args=words,
+            prog=prog,
+            use_underscores=True,
+            config=(tyro.conf.FlagConversionOff,),
+            registry=_REGISTRY,
+            **options,
+        )
+    except SystemExit as exit_:
+        for hint in _hints(words, set(kinds)) if exit_.code else ():
+            print(f"hint: {hint}", file=sys.stderr)
+        raise
+
+
+def with_values(words: Sequence[str], switches: set[str]) -> list[str]:
+    """``words`` with True behind every switch that stands alone."""
+    found: list[str] = []
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
+        found.append(word)
+        if word.startswith("--") and word[2:].replace("-", "_") in switches and following.startswith("--"):
+            found.append("True")
+    return found
+
+
+def _hints(words: Sequence[str], names: set[str]) -> list[str]:
+    """What may be meant by words that belong to no flag."""
+    hints = []
+    for before, word in zip(["", *words], words, strict=False):
+        if before.startswith("--") or word.startswith("--"):
+            continue
+        if before.endswith(","):
+            hints.append(f"a list is one word, without spaces: {before}{word}")
+        elif Path(word).suffix in (".jsonl", ".parquet") and "data" in names:
+            hints.append(f"--data {word}?")
+    return hints

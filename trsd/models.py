@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
+from trsd.checkpoint_folders import checkpoints
 from trsd.errors import InputError
 from trsd.memory import refuse_too_large
 from trsd.paths import resolve_bundled
@@ -38,7 +39,9 @@ def model_folder(name_or_path: str) -> Path:
     path = Path(resolve_bundled(name_or_path))
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise FileNotFoundError(f"{path} is a folder without config.json: expected a Hugging Face model folder")
+            last = checkpoints(path)[-1:]
+            hint = f"its last checkpoint is {last[0]}" if last else "expected a Hugging Face model folder"
+            raise FileNotFoundError(f"{path} is a folder without config.json: {hint}")
         return path
     if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
         raise FileNotFoundError(

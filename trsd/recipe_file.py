@@ -8,13 +8,14 @@ import difflib
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 
-from trsd.flags import parse_flags
+from trsd.flags import parse_flags, with_values
 from trsd.recipe import Recipe, belongs_to_a_method, with_method_defaults
 
+METHODS, TEACHERS = (get_args(get_type_hints(Recipe)[name]) for name in ("method", "teacher"))
 RECIPES = Path(__file__).parent / "recipes"
 DEMO = "demo"
 # Former names of fields and their present ones: each is taken, and said, for one minor version (docs/api.md).
@@ -113,7 +114,7 @@ def load_recipe(path: Path) -> Recipe:
     """The recipe of a YAML file over its ``base`` and the defaults; exits with code 2 when it is wrong."""
     words, texts = _as_flags(_yaml_values(path), path)
     try:
-        return replace(parse_flags(Recipe, words, prog=str(path)), **texts)
+        return replace(parse_flags(Recipe, words, prog="python -m trsd.train"), **texts)
     except SystemExit:
         print(f"error: the value above is wrong in {path}", file=sys.stderr)
         raise
@@ -123,14 +124,15 @@ def parse_recipe(argv: list[str] | None = None, *, prog: str = "python -m trsd.t
     """(recipe, its name, dry run) of a command line of ``prog``: the YAML of ``--config``, then the flags."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
-    parser.add_argument("--dry_run", action="store_true")
-    own, rest = parser.parse_known_args(argv)
+    parser.add_argument("--dry_run", choices=("True", "False"), default="False")
+    own, rest = parser.parse_known_args(with_values(sys.argv[1:] if argv is None else argv, {"dry_run"}))
     rest = [_present_word(word) for word in rest]
+    _refuse_models_for_kinds(rest)
     base, name = Recipe(), "run"
     if own.config or not names_a_job(rest):
         path = resolve_config(own.config or _demo_of(rest))
         base, name = load_recipe(path), path.stem
-        if _method_of(rest) not in (None, base.method):
+        if _method_of(rest) in METHODS and _method_of(rest) != base.method:
             base = _without_method_fields(base, name)
     description = (
         "Distil a reasoning model from partial chains of thought.\n\n"
@@ -141,7 +143,7 @@ def parse_recipe(argv: list[str] | None = None, *, prog: str = "python -m trsd.t
     recipe = parse_flags(Recipe, rest, prog=prog, default=base, description=description)
     if found := recipe.problems():
         fail("\n       ".join(found))
-    return with_method_defaults(recipe), name, own.dry_run
+    return with_method_defaults(recipe), name, own.dry_run == "True"
 
 
 def names_a_job(words: list[str]) -> bool:
@@ -166,8 +168,23 @@ def _without_method_fields(recipe: Recipe, name: str) -> Recipe:
 
 def _method_of(words: list[str]) -> str | None:
     """The method that flags name."""
+    return _value_of("--method", words)
+
+
+def _value_of(flag: str, words: list[str]) -> str | None:
+    """The value of ``flag`` among ``words``."""
     spelled = [word for pair in words for word in pair.split("=", 1)]
-    return spelled[spelled.index("--method") + 1] if "--method" in spelled[:-1] else None
+    return spelled[spelled.index(flag) + 1] if flag in spelled[:-1] else None
+
+
+def _refuse_models_for_kinds(words: list[str]) -> None:
+    """``--teacher`` says where targets come from; a model there is what ``python -m trsd.plan`` takes."""
+    named = _value_of("--teacher", words)
+    if named is not None and ("/" in named or ":" in named or Path(named).is_dir()):
+        fail(
+            f"teacher: expected where its targets come from ({', '.join(TEACHERS)}), got {named!r}; a model goes to "
+            "--teacher_model_name_or_path"
+        )
 
 
 def shipped_recipes() -> list[str]:

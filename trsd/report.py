@@ -17,6 +17,7 @@ from trsd.metrics import read_metrics
 from trsd.page import cards, headline, image, number, side_by_side, thinking_lengths, write_page
 from trsd.plots import plot_curves, plot_loss
 from trsd.run import ENVIRONMENT_FILE, RECIPE_FILE
+from trsd.totals import TOTALS, totals_line
 
 LOSS_TERMS = {
     "divergence": "{learnt}: divergence from the teacher",
@@ -78,12 +79,12 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _lead(metrics: list[dict[str, float]], run_dir: Path) -> str:
-    totals = _read(run_dir / "totals.json")
+    totals = _read(run_dir / TOTALS)
     text = f"{len(metrics)} optimizer steps"
     if metrics:
         text += f", {sum(row['tokens'] for row in metrics):,.0f} tokens without padding"
     if totals:
-        text += f"; whole run {totals['seconds']:.0f} s, peak memory {totals['peak_memory_gib']:.2f} GiB"
+        text += f"; the whole run took {totals_line(totals)}"
     return text + "."
 
 
@@ -118,7 +119,7 @@ def _curve_table(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 def _memory(run_dir: Path) -> list[str]:
     """What a step's memory is made of, largest first, with bars; nothing of runs that did not count it."""
-    totals = _read(run_dir / "totals.json") or {}
+    totals = _read(run_dir / TOTALS) or {}
     found = sorted(totals.get("memory_parts_gib", {}).items(), key=lambda part: -part[1])
     if not found:
         return []

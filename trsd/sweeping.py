@@ -23,10 +23,10 @@ from trsd.recipe_file import recipe_as_yaml
 from trsd.run import FREE_TO_CHANGE, RECIPE_FILE, discard_unbegun
 from trsd.sweep import Setting
 from trsd.sweep_report import write_sweep
+from trsd.totals import TOTALS
 from trsd.truncation import build_truncation
 
 SWEEP = "sweep.yaml"
-TOTALS = "totals.json"
 EVALUATION = "evaluation.json"
 
 

@@ -7,7 +7,6 @@ traces/, teacher/, eval/, metrics.jsonl, checkpoint-<step>/, report.html.
 
 import gc
 import json
-import resource
 import signal
 import sys
 import time
@@ -45,6 +44,7 @@ from trsd.recipe_file import fail, recipe_as_yaml
 from trsd.report import summary, write_report
 from trsd.row_shards import file_sha256
 from trsd.run import alone_in, discard_unbegun, open_run, with_output_dir
+from trsd.totals import totals_line, write_totals
 from trsd.trackers import Trackers, evaluation_figures
 from trsd.validation import held_out_traces, validation_loss
 from trsd.watchdog import Watchdog
@@ -227,7 +227,7 @@ def _run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) ->
     if ranks.is_main:
         seconds = time.perf_counter() - start
         parts = memory_parts(recipe, method, job.device) if ranks.size == 1 else {}
-        finish(job, before, after, checkpoint, seconds=seconds, memory_parts=parts)
+        finish(job, before, after, checkpoint, seconds=seconds, memory_parts=parts, resumed_from=resume_from)
     return output_dir
 
 
@@ -263,19 +263,15 @@ def finish(
     *,
     seconds: float,
     memory_parts: dict[str, float],
+    resumed_from: Path | None,
 ) -> None:
     """Write totals and report, and say where everything is."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    totals = {"seconds": seconds, "peak_memory_gib": peak, "memory_parts_gib": memory_parts}
-    if job.device == "cuda":
-        totals["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    write_json(job.output_dir / "totals.json", totals)
+    totals = write_totals(job.output_dir, seconds=seconds, memory_parts=memory_parts, resumed_from=resumed_from)
     report = write_report(job.output_dir)
     if after:
         ModelCard(job.recipe, job.think, job.tokenizer).rewrite(checkpoint, before, after)
         print(summary(before, after))
-    gpu = f", on the GPU {totals['peak_gpu_memory_gib']:.2f} GiB" if job.device == "cuda" else ""
-    print(f"{seconds:.0f} s, peak memory {peak:.2f} GiB{gpu}\nmodel   {checkpoint}\nreport  {report}")
+    print(f"{totals_line(totals)}\nmodel   {checkpoint}\nreport  {report}")
     if best := best_checkpoint(job.output_dir):
         print(f"best    {job.output_dir / best['checkpoint']} (validation loss {best['validation_loss']:.4f})")
 
