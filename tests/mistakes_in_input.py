@@ -268,7 +268,7 @@ SETTINGS = [
     ),
     Mistake(
         "a flag without its value",
-        "train --bf16",
+        "train --learning_rate",
         "Missing value for argument '--…'. Expected 1 values.",
     ),
     Mistake(

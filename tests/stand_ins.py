@@ -259,7 +259,8 @@ class StandIn:
         for name, most in (LIMITS | LOWERED).items():
             if hasattr(self.parsed, name):
                 value = getattr(self.parsed, name)
-                if (value is None and name in LIMITS) or (value is not None and value > most):
+                left_out = value is None and (name in LIMITS or name.endswith("_tokens"))
+                if left_out or (value is not None and value > most):
                     self.replace(name, str(most))
         for name in ("budgets", "eval_budgets"):
             budgets = getattr(self.parsed, name, ())

@@ -23,7 +23,7 @@ class Recipe:
     teacher_model_name_or_path: str | None = None
     """The teacher; left out, a frozen copy of the student (lsp wants a larger one)."""
     data: str = "bundled:questions/train.jsonl"
-    """Training data: a .jsonl or .parquet file, or a hub data set; data.py tells the columns."""
+    """Training data: a .jsonl or .parquet file, or a hub data set; docs/data.md tells the columns."""
     eval_data: str | None = None
     """Questions to evaluate on before and after training; left out, there is no evaluation."""
     output_dir: str | None = None
@@ -167,7 +167,7 @@ class Recipe:
     """Seed of sampling, cuts and order."""
 
     eval_budgets: tuple[str, ...] = ("0%", "25%", "50%", "75%", "100%")
-    """Thinking budgets to evaluate: tokens, or percent of the untrained student's median thinking."""
+    """Thinking budgets to evaluate: tokens, or percent of the median thinking of the student as it came."""
     logging_steps: int = 10
     """A line is printed every so many steps; metrics.jsonl gets every step."""
     save_steps: int | None = None

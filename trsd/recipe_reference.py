@@ -43,7 +43,8 @@ python -m trsd.train --config recipe.yaml --learning_rate 2e-5              # th
 python -m trsd.train --config recipe.yaml --learning_rate 2e-5 --dry_run    # what that comes to, without running it
 ```
 
-- Lists are `[a, b]` in YAML and `a,b` as flags; `true` and `false` are `True` and `False` as flags.
+- Lists are `[a, b]` in YAML and `a,b` as flags; `true` and `false` are `True` and `False` as flags, where a switch
+  alone means `True`.
 - An unknown key, a value of another kind or settings that contradict each other end a command with exit code 2, the
   key's name and what to do.
 - Without `--config` a command that names no model and no data takes the demo of its method (`demo`, `demo-lsp`,

@@ -9,7 +9,7 @@
                 the cut thinking as a draft for the non-thinking mode
     results     tables and curves                                         smollm2_results.py
 
-Each stage is a documented command in a process of its own; ``--dry_run True`` prints them. A stage that is finished is
+Each stage is a documented command in a process of its own; ``--dry_run`` prints them. A stage that is finished is
 not run again, and training that was interrupted goes on. Needs the extras ``gguf`` and ``gsm``.
 """
 
