@@ -1,3 +1,5 @@
+from fnmatch import fnmatch
+
 import pytest
 import torch
 from conftest import make_tiny_model
@@ -355,3 +357,14 @@ def test_the_folder_of_a_run_is_told_its_last_checkpoint(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
     with pytest.raises(FileNotFoundError, match=r"its last checkpoint is .*checkpoint-10$"):
         model_folder(str(tmp_path))
+
+
+def test_a_model_of_the_hub_comes_with_its_card(monkeypatch, tmp_path):
+    """Which says how it is to be asked."""
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.append(kw) or str(tmp_path))
+    assert model_folder("owner/model") == tmp_path
+    wanted = {"README.md", "config.json", "model-00001-of-00002.safetensors", "chat_template.jinja"}
+    assert wanted == {name for name in wanted if any(fnmatch(name, each) for each in asked[0]["allow_patterns"])}

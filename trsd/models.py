@@ -31,7 +31,8 @@ from trsd_kernels import AttentionRequest, PackedLayout, choose_backend, packed_
 PACKED_ATTENTION = "trsd_varlen"
 # Operations whose results are worth more than the memory they take, by a part of their names.
 KEPT = ("aten::mm", "aten::addmm", "attention", "varlen", "flash_attn")
-WEIGHT_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "*.py")
+# What is fetched from the hub; README.md is the card, which says how a model of ours was trained to be asked.
+FETCHED = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "*.py", "README.md")
 
 
 def model_folder(name_or_path: str) -> Path:
@@ -50,7 +51,7 @@ def model_folder(name_or_path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=list(WEIGHT_PATTERNS)))
+        return Path(snapshot_download(name_or_path, allow_patterns=list(FETCHED)))
     except Exception as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
