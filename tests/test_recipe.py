@@ -271,3 +271,13 @@ def test_a_wrong_type_in_yaml_names_the_file_and_a_command_whose_help_there_is(t
     said = capsys.readouterr()
     text = " ".join((said.out + said.err).split())
     assert "python -m trsd.train --help" in text and f"is wrong in {path}" in text and "expected a whole number" in text
+
+
+def test_a_folder_that_is_called_like_a_kind_of_targets_hides_it_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("online", "mine"):
+        (tmp_path / name).mkdir()
+    assert parse_recipe(["--teacher", "online"])[0].teacher == "online"
+    with pytest.raises(SystemExit):
+        parse_recipe(["--teacher", "mine"])
+    assert "a model goes to --teacher_model_name_or_path" in capsys.readouterr().err

@@ -180,7 +180,7 @@ def _value_of(flag: str, words: list[str]) -> str | None:
 def _refuse_models_for_kinds(words: list[str]) -> None:
     """``--teacher`` says where targets come from; a model there is what ``python -m trsd.plan`` takes."""
     named = _value_of("--teacher", words)
-    if named is not None and ("/" in named or ":" in named or Path(named).is_dir()):
+    if named is not None and named not in TEACHERS and ("/" in named or ":" in named or Path(named).is_dir()):
         fail(
             f"teacher: expected where its targets come from ({', '.join(TEACHERS)}), got {named!r}; a model goes to "
             "--teacher_model_name_or_path"
