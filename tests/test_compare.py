@@ -284,3 +284,15 @@ def test_a_page_needs_no_accuracy_that_is_not_there(write, tmp_path, capsys):
     more = {"auc": 0.5, "unconstrained": {"correct": ONE, "mean_thinking_tokens": 3.0}}
     page = page_of([write("a.json", evaluation(ONE) | more), write("b.json", evaluation(OTHER) | more)], tmp_path)
     assert "Is the difference real?" in page
+
+
+def test_a_question_that_stands_twice_is_shown_as_each_time_it_was_answered(evaluated, tmp_path, capsys):
+    for place, folder in enumerate(evaluated):
+        path = folder / "evaluation.json"
+        stored = json.loads(path.read_text())
+        first, _ = stored["examples"]
+        again = first | {"reasoning": f"the second time, by {'AB'[place]}"}
+        path.write_text(json.dumps(stored | {"examples": [first, again]}))
+    page = page_of(evaluated, tmp_path)
+    assert "Of the first 2 questions" in page
+    assert page.count("the second time, by A") == page.count("the second time, by B") == 1

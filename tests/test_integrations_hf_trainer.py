@@ -199,3 +199,12 @@ def test_weights_in_shards_are_refused(tokenizer, tmp_path, method, monkeypatch,
     monkeypatch.setattr(Trainer, "__init__", sharded)
     with pytest.raises(InputError, match="weights in shards"):
         trainer_of(tokenizer, tmp_path, cut_rows(method))
+
+
+def test_an_evaluation_that_was_broken_off_is_no_part_of_the_next(tokenizer, tmp_path, method):
+    rows = cut_rows(method)
+    trainer = trainer_of(tokenizer, tmp_path, rows, per_device_eval_batch_size=1)
+    with pytest.raises(InputError, match="no label to learn"):
+        trainer.evaluate([*rows[4:6], rows[0] | {"labels": [-100] * len(rows[0]["labels"])}])
+    wanted = trainer.row_loss(trainer.model, CutRowCollator()(rows[:4]))
+    assert trainer.evaluate()["eval_divergence"] == pytest.approx(wanted.divergence.item(), rel=1e-5)
