@@ -10,7 +10,7 @@ from trsd.plots import plot_curves
 
 SIDES = {"A": "first", "B": "second"}
 KEPT_BY_EVALUATE = ("auc", "budgets", "unconstrained")
-LEGEND_ROOM = 28  # characters
+LEGEND_ROOM = 48  # characters
 SHOWN_OF_BUDGETS = ("accuracy", "high", "low", "tokens")
 
 

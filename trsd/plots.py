@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+MOST_INSIDE = 12  # characters of a label
 COLORS = ("#8a8f98", "#0b6bcb", "#c2410c", "#15803d")
 
 
@@ -45,7 +46,11 @@ def plot_curves(results: dict[str, dict[str, Any]], path: Path, *, title: str | 
     axes.set(xlabel="thinking budget (tokens)", ylabel="accuracy", ylim=(-0.03, 1.03))
     if title:
         axes.set_title(title, loc="left", fontsize=11)
-    axes.legend(frameon=False, loc="best", title="dotted: unconstrained", title_fontsize=8, alignment="left")
+    style = dict(frameon=False, title="dotted: unconstrained", title_fontsize=8, alignment="left")
+    if max(map(len, results)) > MOST_INSIDE:
+        figure.legend(loc="outside upper left", **style)  # inside it would hide a curve
+    else:
+        axes.legend(loc="best", **style)
     _save(figure, path)
 
 
