@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch._inductor.exc import InvalidCxxCompiler
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,15 @@ def memory_of(cpu, *, cuda=None):
         scene.monkeypatch.setattr("trsd.memory.total_memory", lambda device: cuda if device == "cuda" else cpu)
 
     return prepare
+
+
+def without_compiler(scene):
+    """A machine on which torch finds no C++ compiler."""
+
+    def search(*_):
+        raise InvalidCxxCompiler
+
+    scene.monkeypatch.setattr("torch._inductor.cpp_builder.cpp_compiler_search", search)
 
 
 def read_only(scene):

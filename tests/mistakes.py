@@ -5,7 +5,19 @@ import errno
 from pathlib import Path
 
 import torch
-from mistake import GENERATE, SHORT, SMALL, TINY, TRACES, Mistake, memory_of, raising, read_only, without
+from mistake import (
+    GENERATE,
+    SHORT,
+    SMALL,
+    TINY,
+    TRACES,
+    Mistake,
+    memory_of,
+    raising,
+    read_only,
+    without,
+    without_compiler,
+)
 from mistakes_in_input import DATA, MODELS, SETTINGS
 
 from trsd.run import alone_in
@@ -108,6 +120,12 @@ MACHINE = [
         "error: attn_implementation: attention back end … cannot serve plain rows: it needs CUDA tensors, not cpu",
     ),
     Mistake(
+        "layers to compile without a compiler",
+        f"train {TINY} --torch_compile True",
+        "error: torch_compile: needs a C++ compiler on a CPU, and none was found: install g++, or leave it out",
+        prepare=without_compiler,
+    ),
+    Mistake(
         "settings of several GPUs on one",
         f"train {TINY} --vocab_parallel True",
         "error: …: this run has one rank: start it by torchrun, or leave it out",
@@ -131,8 +149,8 @@ MACHINE = [
         f"train {TINY} --max_length 8",
         "warning: weights, gradients and optimizer of … take … GiB, and there are … GiB: expect to run out of memory; "
         "lower --max_tokens_per_batch (now …, at least max_length), set a small --loss_chunk_bytes, such as 67108864, "
-        "--gradient_checkpointing True, --optim adamw_torch_8bit, --lora_rank 16; python -m trsd.plan with the same "
-        "flags says what each saves",
+        "--torch_compile True, --gradient_checkpointing True, --optim adamw_torch_8bit, --lora_rank 16; python -m "
+        "trsd.plan with the same flags says what each saves",
         prepare=memory_of(cpu=1_000_000),
     ),
     Mistake(
@@ -140,8 +158,8 @@ MACHINE = [
         f"train {SMALL}",
         "error: out of memory (CUDA out of memory. Tried to allocate … GiB. GPU 0 has a total capacity of … GiB of "
         "which … GiB is free): lower --max_tokens_per_batch (now …, at least max_length), set a small "
-        "--loss_chunk_bytes, such as 67108864, --gradient_checkpointing True, --optim adamw_torch_8bit, --lora_rank "
-        "16; python -m trsd.plan with the same flags says what each saves",
+        "--loss_chunk_bytes, such as 67108864, --torch_compile True, --gradient_checkpointing True, --optim "
+        "adamw_torch_8bit, --lora_rank 16; python -m trsd.plan with the same flags says what each saves",
         code=1,
         prepare=raising("trsd.loop.Loop.forward", CUDA),
         leaves="traces",

@@ -58,6 +58,7 @@ def ran(launch, words, tmp_path):
         (2, dict(method="lsp", teacher_model_name_or_path=None)),
         (2, dict(shard_group_size=1, train_batch_size=10)),  # several rows a rank, whose sum replicas exchange once
         (4, dict(shard_group_size=2)),
+        pytest.param(2, dict(teacher="online", torch_compile=True), marks=pytest.mark.slow),
     ],
 )
 def test_ranks_have_the_losses_of_one(ran, tmp_path, num_ranks, flags):

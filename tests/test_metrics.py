@@ -29,3 +29,13 @@ def test_an_interrupt_ends_a_command_without_a_traceback(capsys):
     with pytest.raises(SystemExit) as exit_:
         command.run_command(GenerateArguments, interrupted, prog="p", argv=["--output", "t.jsonl"])
     assert exit_.value.code == 130 and re.fullmatch(r"\s*stopped\n", capsys.readouterr().err)
+
+
+def test_a_first_step_that_compiles_does_not_stretch_what_remains(monkeypatch):
+    now = iter([100.0, 130.0, 131.0, 133.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
+    pace, found = metrics.Pace(), []
+    for left in (3, 2, 1):
+        pace.step_done()
+        found.append(pace.remaining(left))
+    assert found == [90.0, 2.0, 1.5]

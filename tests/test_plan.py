@@ -113,7 +113,8 @@ def test_help_says_what_a_model_may_be(capsys):
 
 
 def test_settings_that_are_set_are_not_offered():
-    recipe = Recipe(alpha=1.0, teacher="online", gradient_checkpointing=True, lora_rank=4, loss_chunk_bytes=2**20)
+    taken = dict(torch_compile=True, gradient_checkpointing=True, lora_rank=4, loss_chunk_bytes=2**20)
+    recipe = Recipe(alpha=1.0, teacher="online", **taken)
     offered = alternatives(recipe, target="cuda")
     assert {"gradient_checkpointing": False} in offered and {"teacher": "hidden_cache"} in offered
     assert [*together(offered)] == [{"teacher": "hidden_cache", "max_tokens_per_batch": 8192}]

@@ -178,6 +178,11 @@ def test_a_method_alone_is_its_demo(words):
         ("method: sft\ntruncation: first_derivation\nkeep_fraction: 0.3\n", "decides by itself"),
         ("teacher_top_k: 0\n", "teacher_top_k: expected at least 1"),
         ("lora_rank: 0\n", "lora_rank: expected at least 1"),
+        ("gradient_checkpointing_policy: selective\n", "without gradient_checkpointing nothing is recomputed"),
+        (
+            "gradient_checkpointing_policy: selective\ngradient_checkpointing: true\ntorch_compile: true\n",
+            "with torch_compile layers recompute what is cheap by themselves",
+        ),
         ("method: sft\nteacher: online\n", "teacher: method sft does not read it"),
         ("lora_base: nf4\n", "lora_base: there is no adapter without lora_rank"),
         ("lora_base: nf4\nlora_rank: 8\nteacher: adapter_off\n", "adapter_off would be the student in nf4"),

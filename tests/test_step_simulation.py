@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from bench.in_sight import ops_in_sight
 from trsd.ceilings import Ceilings
+from trsd.fused_meter import fused
 from trsd.live_bytes import LiveBytes
 from trsd.loop import Loop
 from trsd.loop_meter import ACTIVATIONS, GRADIENTS, LOSS_WORK
@@ -68,6 +69,12 @@ def build(config):
     return model
 
 
+class CountedPlacement(Placement):
+    """Layers that are compiled are run in such a way that what they hold can be seen."""
+
+    compiler = staticmethod(fused)
+
+
 def measured(recipe):
     """(peak bytes of a real step, the loop's metrics)."""
     teacher_config = TEACHER if recipe.method == "lsp" else STUDENT
@@ -79,7 +86,7 @@ def measured(recipe):
         teacher = OnlineTeacher(
             build(teacher_config), TeacherExamples(method), max_tokens_per_batch=recipe.max_tokens_per_batch
         )
-    loop = Loop(Placement(recipe, STUDENT, teacher_config, device="cpu"), student, teacher, method)
+    loop = Loop(CountedPlacement(recipe, STUDENT, teacher_config, device="cpu"), student, teacher, method)
     loop.stream.step = lambda step: [(0, index) for index in range(len(method.traces))]
     loop.step(0)  # the optimizer has its state afterwards
     models = [student] + ([teacher.model] if teacher else [])
@@ -103,6 +110,8 @@ def measured(recipe):
         dict(max_tokens_per_batch=256, max_length=256),
         dict(loss_chunk_bytes=2**18),
         dict(divergence="jsd"),
+        dict(torch_compile=True),
+        dict(method="lsp", torch_compile=True, gradient_checkpointing=True),
     ],
     ids=str,
 )

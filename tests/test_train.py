@@ -52,6 +52,17 @@ def test_resume_before_the_first_checkpoint_starts_over_from_the_stored_traces(r
     assert "has no checkpoint to resume: it begins at step 1" in capsys.readouterr().err
 
 
+def test_a_run_from_before_a_setting_was_there_goes_on_where_it_is_at_its_default(run, capsys):
+    whole = run("whole")
+    recipe = whole / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("torch_compile: false\n", ""))
+    before = losses(whole)
+    run("whole", resume_from_checkpoint="latest")
+    assert losses(whole) == before and "torch_compile" not in recipe.read_text()
+    said = refusal(capsys, lambda: run("whole", resume_from_checkpoint="latest", torch_compile=True))
+    assert "(torch_compile: False -> True)" in said
+
+
 def test_resume_sweeps_half_written_folders_and_leaves_a_users_dot_files(run):
     whole = run("whole", max_steps=1)
     for name in (".checkpoint-1.77", ".git", ".checkpoint-notes"):

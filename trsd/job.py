@@ -12,6 +12,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from trsd.adapters import adapter_options, add_adapter, check_adapter, load_adapter
+from trsd.compiled_layers import require_compiler
 from trsd.data import Question, describe_drops, load_data
 from trsd.decoding import Decoder
 from trsd.engines import Sampling, eos_ids_of
@@ -86,6 +87,8 @@ class Job(Placement):
         self._check_models()
         if recipe.lora_base == "nf4":
             require_bitsandbytes()
+        if recipe.torch_compile:
+            require_compiler(self.device)
         require_trackers(recipe.report_to)
         optimizer_class(recipe.optim, on_gpu=self.device == "cuda")  # a missing package is said before any work
         if recipe.teacher == "online_fp8" and not self.bf16:

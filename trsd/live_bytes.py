@@ -3,6 +3,7 @@
 On the meta device, where tensors have shapes and no content, it tells what a GPU would have to hold.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self._at_most = 0  # live bytes as if nothing had been freed since they were last summed
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Torch's question whether it may compile and run compiled code beside this; else it would compile nothing."""
+        return True
+
     @property
     def live(self) -> int:
         """Bytes of the counted storages that something still refers to."""
@@ -35,21 +41,22 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
-        made = False
-        for tensor in tree_leaves(result):
-            if not isinstance(tensor, torch.Tensor):
-                continue
+        tensors = (x for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+        made = [x for x in tensors if x.untyped_storage()._cdata not in known]
+        self.hold_results(made)
+        self.ran(func, args, kwargs or {}, result, made=bool(made))
+        return result
+
+    def hold_results(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count the storages of ``tensors``, which an operation made, from now on."""
+        for tensor in tensors:
             storage = tensor.untyped_storage()
-            if storage._cdata not in known:
-                made = True
-                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-                self._at_most += storage.nbytes()
-                self.largest_numel = max(self.largest_numel, storage.nbytes() // tensor.element_size())
+            self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            self._at_most += storage.nbytes()
+            self.largest_numel = max(self.largest_numel, storage.nbytes() // tensor.element_size())
         if self._at_most > self.peak and self.live > self.peak:
             self.peak = self._at_most
             self.reached_peak()
-        self.ran(func, args, kwargs or {}, result, made=made)
-        return result
 
     def reached_peak(self) -> None:
         """For those who want to look at what is live at a new peak."""

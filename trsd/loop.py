@@ -6,7 +6,8 @@ number changes a step by rounding only.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trsd.batching import PackedBatch, TraceStream, pack_examples
+from trsd.compiled_layers import CompiledLayers
 from trsd.flops import FlopCounter, head_flops
 from trsd.guards import StepGuard
 from trsd.methods import Method
@@ -86,6 +88,8 @@ class Loop:
                 vocab_parallel=recipe.vocab_parallel,
             )
         self.weights = WorkingWeights(model, dtype, copied=ranks.size == 1)
+        readers = [teacher.model] if isinstance(teacher, OnlineTeacher) else []
+        self.layers = CompiledLayers([model, *readers] if recipe.torch_compile else [], placement.compiler)
         self.optimizer = build_optimizer(
             model, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay, name=recipe.optim
         )
@@ -194,15 +198,21 @@ class Loop:
         seen = [self.teacher.examples[index] for batch in batches for index in sorted(set(batch.trace_indices))]
         return total + self.teacher_flops.reading(seen)
 
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Inside, rows may run forward and backward: the working weights are in use, and compiled layers."""
+        with self.weights.in_use(), self.layers.in_use():
+            yield
+
     def forward(self, batch: PackedBatch, rows: StepRows) -> tuple[Tensor, Tensor]:
-        """What ``StudentLoss`` makes of one packed row of ``rows``; the working weights must be in use."""
+        """What ``StudentLoss`` makes of one packed row of ``rows``, inside ``at_work`` alone."""
         targets = None if self.teacher is None else self.teacher.targets
         return self.student(batch, rows.num_items, rows.num_thinking, targets)
 
     def _backward(self, batch: PackedBatch, rows: StepRows, *, is_last: bool = True) -> Tensor:
         """Add the gradients of one packed row; returns its [loss, cross-entropy, divergence, thinking]."""
         last_row(self.student, is_last)
-        with self.weights.in_use():
+        with self.at_work():
             loss, terms = self.forward(batch, rows)
             loss.backward()
         return terms

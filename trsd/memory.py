@@ -72,6 +72,8 @@ def turned_down(recipe: Recipe) -> str:
     found.append("set a small --loss_chunk_bytes, such as 67108864")
     if recipe.teacher in ONLINE and recipe.alpha:
         found.append("--teacher hidden_cache")
+    if not recipe.torch_compile:
+        found.append("--torch_compile True")
     if not recipe.gradient_checkpointing:
         found.append("--gradient_checkpointing True")
     if recipe.optim == "adamw_torch":

@@ -98,6 +98,22 @@ class Throughput:
         return f"{self.what}: {self.rows} of {self.total}, {self._rate(now):,.0f} tokens/s{eta}"
 
 
+class Pace:
+    """How long steps take; the first, which may have compiled or warmed up, counts only until there is another."""
+
+    def __init__(self) -> None:
+        self._ends = [time.perf_counter()]
+
+    def step_done(self) -> None:
+        """Count one step, which ends now."""
+        self._ends.append(time.perf_counter())
+
+    def remaining(self, num_steps: int) -> float:
+        """Seconds that so many more steps will take, after at least one."""
+        ends = self._ends[1:] if len(self._ends) > 2 else self._ends
+        return (ends[-1] - ends[0]) / (len(ends) - 1) * num_steps
+
+
 def say(text: str) -> None:
     """Print a line, above any bar that is being drawn."""
     tqdm.write(text)

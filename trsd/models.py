@@ -331,6 +331,7 @@ def packed_attention_backend(
         raise InputError(f"attn_implementation: {error}") from error
 
 
+@torch.compiler.disable
 def _packed_attention(
     module: torch.nn.Module,
     query: Tensor,  # [1, num_heads, num_tokens, head_dim]
@@ -347,7 +348,10 @@ def _packed_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface over ``varlen_attention``; [1, num_tokens, num_heads, head_dim]."""
+    """transformers' attention interface over ``varlen_attention``; [1, num_tokens, num_heads, head_dim].
+
+    Never compiled with what is around it: ``compiled_layers.py`` tells why.
+    """
     if packed_layout is None or query.shape[0] != 1:
         raise InputError(
             "packed attention needs one row of tokens and its layout: call trsd.models.packed_hidden_states, "

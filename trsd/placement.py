@@ -1,5 +1,6 @@
 """Where a recipe's models run and in what precision: all that the training loop asks of a run."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
@@ -53,6 +54,11 @@ class Placement:
             branches=branches,
             max_length=self.recipe.max_length,
         )
+
+    @property
+    def compiler(self) -> str | Callable[..., Any]:
+        """Of the recipe's layers where they are compiled: a backend of ``torch.compile``."""
+        return "inductor"
 
     def compute(self) -> AbstractContextManager[Any]:
         """The precision of forward passes."""

@@ -96,6 +96,8 @@ def alternatives(recipe: Recipe, *, target: str) -> list[dict[str, Any]]:
         found.append({"loss_chunk_bytes": SMALL_CHUNK})
     if recipe.max_tokens_per_batch > recipe.max_length:
         found.append({"max_tokens_per_batch": recipe.max_length})
+    if not recipe.torch_compile:
+        found.append({"torch_compile": True})
     found.append({"gradient_checkpointing": not recipe.gradient_checkpointing})
     if recipe.lora_rank is None:
         found.append({"lora_rank": 16})

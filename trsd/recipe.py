@@ -151,6 +151,9 @@ class Recipe:
     gradient_checkpointing_policy: Literal["full", "selective"] = "full"
     """What is recomputed: whole layers, or (selective) all but products and attention, which takes more memory and
     little time."""
+    torch_compile: bool = False
+    """Compile the layers: fewer kernels and fewer activations kept, after a wait of up to a minute or two at the first
+    steps."""
     shard_group_size: int | None = None
     """Under torchrun: ranks that share one copy of the weights, replicated over the rest; left out, all ranks."""
     vocab_parallel: bool = False
@@ -243,6 +246,13 @@ class Recipe:
             said = [name for name in ("lora_alpha", "lora_target_modules") if getattr(self, name)]
             said += ["lora_base"] if self.lora_base != "full" else []
             found += [f"{name}: there is no adapter without lora_rank: set it, or leave {name} out" for name in said]
+        if self.gradient_checkpointing_policy == "selective" and not self.gradient_checkpointing:
+            found.append("gradient_checkpointing_policy: without gradient_checkpointing nothing is recomputed: set it")
+        if self.gradient_checkpointing_policy == "selective" and self.torch_compile:
+            found.append(
+                "gradient_checkpointing_policy: with torch_compile layers recompute what is cheap by themselves: leave "
+                "gradient_checkpointing out, or the policy, for whole layers"
+            )
         if self.resume_from_checkpoint and not self.output_dir:
             found.append("resume_from_checkpoint: say which run with output_dir")
         found += tracker_problems(self.report_to)

@@ -59,6 +59,7 @@ LATER = {  # what neither traces nor teacher targets depend on: free between trs
     "train_batch_size",
     "gradient_checkpointing",
     "gradient_checkpointing_policy",
+    "torch_compile",
     "loss_chunk_bytes",
 }
 
@@ -161,7 +162,9 @@ def _checkpoint_to_resume(recipe: Recipe, folder: Path) -> Path | None:
 
 def _changed(recipe: Recipe, folder: Path, free: set[str] = FREE_TO_CHANGE) -> str:
     """How ``recipe`` differs from the one in ``folder``, in what a run may not change; empty when it does not."""
-    stored = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    # A field that is younger than the run was at its default then.
+    stored = yaml.safe_load(recipe_as_yaml(Recipe()))
+    stored |= yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
     now = yaml.safe_load(recipe_as_yaml(recipe))
     names = [entry.name for entry in fields(Recipe) if entry.name not in free]
     return "; ".join(f"{name}: {stored.get(name)} -> {now[name]}" for name in names if stored.get(name) != now[name])

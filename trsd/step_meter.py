@@ -74,9 +74,14 @@ class StepMeter(LiveBytes):
         if not (made or mutates):
             return  # a view
         flops = float(flop_registry[packet](*args, **kwargs, out_val=result)) if counted else 0.0
-        moved = sum(_moved(x) for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor))
+        moved = moved_bytes((args, kwargs, result))
         rate = FP8_RATE if packet is torch.ops.aten._scaled_mm else 1.0
         self.add(PRODUCTS if counted else ELEMENTWISE, flops=flops, moved_bytes=moved, rate=rate)
+
+
+def moved_bytes(tensors: Any) -> int:
+    """Of all tensors in a nest of arguments and results, each read or written once."""
+    return sum(_moved(x) for x in tree_leaves(tensors) if isinstance(x, Tensor))
 
 
 def _moved(tensor: Tensor) -> int:

@@ -6,7 +6,7 @@ architecture. Attention stands in for a kernel that keeps query, key, value, out
 its plan declares.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +82,12 @@ class MetaPlacement(Placement):
 
     def attention_backend(self, config: Any, *, branches: bool) -> str:
         return "sdpa" if self.target == "cpu" else "triton"
+
+    @property
+    def compiler(self) -> str | Callable[..., Any]:
+        from trsd.fused_meter import fused  # it imports much of torch's compiler
+
+        return fused
 
     def compute(self) -> AbstractContextManager[Any]:
         return nullcontext()  # there is no autocast on meta; the meter knows what the products would take
@@ -160,9 +166,10 @@ class _Simulation:
         }
         # A row runs beside the gradients of those before it, so of two the largest runs last.
         rows = batches[:2][::-1]
+        step_rows = StepRows(rows, num_items, num_thinking, tokens)
         with self.meter:
             for batch in rows:
-                self.loop._backward(batch, StepRows(rows, num_items, num_thinking, tokens))
+                self.loop._backward(batch, step_rows)
             scale = tokens / sum(batch.num_tokens for batch in rows)
             self._optimizer_step()
         flops = {name: value * (1 if name == OPTIMIZER else scale) for name, value in self.meter.flops.items()}
@@ -287,6 +294,7 @@ def _count_attention(query: Tensor, key: Tensor, pairs: int, *, factor: float) -
         meters[-1].add(ATTENTION, flops=factor * 4.0 * pairs * query.shape[1] * query.shape[2], moved_bytes=moved)
 
 
+@torch.compiler.disable
 def _simulated_attention(
     module: torch.nn.Module,
     query: Tensor,  # [1, num_heads, num_tokens, head_dim]

@@ -34,7 +34,7 @@ from trsd.loop import Loop
 from trsd.memory import OutOfMemory, out_of_memory_says, turned_down
 from trsd.memory_parts import memory_by_part
 from trsd.methods import Method
-from trsd.metrics import MetricsLog, progress_bar, say, step_line
+from trsd.metrics import MetricsLog, Pace, progress_bar, say, step_line
 from trsd.model_card import ModelCard
 from trsd.prepare import build_method, prepare_traces
 from trsd.prepare_teacher import prepare_teacher, student_as_teacher
@@ -144,7 +144,7 @@ def train(
         card=lambda step: card.text(step, before),
         ranks=job.ranks,
     )
-    start, advance = time.perf_counter(), progress_bar("train")
+    pace, advance = Pace(), progress_bar("train")
     with Watchdog(recipe.timeout_seconds) as watchdog, interruption.deferred():
         for step in range(first, loop.num_steps):
             watchdog.beat()
@@ -164,8 +164,9 @@ def train(
             if log:
                 log.write(**values, **measured)
             trackers.log(done, values | measured)
+            pace.step_done()
             if done % recipe.logging_steps == 0 or done in (1, loop.num_steps) or interrupted or values["skipped"]:
-                remaining = (time.perf_counter() - start) / (done - first) * (loop.num_steps - done)
+                remaining = pace.remaining(loop.num_steps - done)
                 say(step_line(done, loop.num_steps, values, remaining_seconds=remaining))
             advance(done, loop.num_steps)
             if measured:
@@ -215,6 +216,8 @@ def _run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) ->
     teacher = teacher or student_as_teacher(job, model, method)
     loop = Loop(job, model, teacher, method, ranks, held_out=held_out)
     print(f"attention: {loop.backend}")
+    if recipe.torch_compile:
+        print("layers: compiled while the first rows run, which may take a minute or two", flush=True)
     print_example(job, method, loop.stream.step(0))
     with open_trackers(job, resume_from) as trackers:
         if resume_from is None:

@@ -38,7 +38,7 @@ def validation_loss(loop: Loop) -> float:
     was_training = loop.model.training
     loop.model.eval()
     try:
-        with loop.weights.in_use():
+        with loop.at_work():
             terms = [loop.forward(batch, rows)[1] for batch in rows.batches]
     finally:
         loop.model.train(was_training)

@@ -1,0 +1,169 @@
+"""Layers that are compiled: the same states and gradients, less that is kept, and themselves when not in use."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import losses, make_tiny_model
+from test_models import KINDS, small_model
+from torch._dynamo.utils import counters
+
+from trsd.compiled_layers import CompiledLayers, decoder_layers
+from trsd.fused_meter import fused
+from trsd.models import load_model, model_folder, packed_hidden_states
+from trsd_kernels import packed_layout
+
+LAYOUTS = (
+    ([9, 1, 14], [[(4, 5), (9, 3), (0, 2)], [], [(13, 6)]]),
+    ([30], None),
+    ([7, 8], [[(4, 5)], []]),
+    ([40, 2, 3], None),
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def states_and_gradients(model, layout, ids):
+    hidden = packed_hidden_states(model, ids, layout, backend="sdpa")
+    parameters = dict(model.get_decoder().named_parameters())
+    gradients = torch.autograd.grad(hidden.square().sum(), list(parameters.values()))
+    return {"hidden": hidden.detach(), **dict(zip(parameters, gradients, strict=True))}
+
+
+QUICK = ("qwen3", "phi4-mini", "gemma3_text")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in QUICK else pytest.mark.slow) for k in KINDS])
+def test_rows_of_every_shape_and_all_layers_share_one_compilation(kind):
+    extra = {"layer_types": ["sliding_attention", "full_attention"] * 3} if kind == "gemma3_text" else {}
+    model = small_model(kind, num_hidden_layers=6, **extra).train()
+    for parameter in model.parameters():
+        parameter.data /= 5.0
+    model.set_attn_implementation("trsd_varlen")
+    layers, frames = CompiledLayers([model], fused), []
+    for parts in LAYOUTS:
+        layout = packed_layout(*parts)
+        ids = torch.randint(640, (layout.num_tokens,))
+        want = states_and_gradients(model, layout, ids)
+        with layers.in_use():
+            got = states_and_gradients(model, layout, ids)
+            with torch.no_grad():
+                read = packed_hidden_states(model, ids, layout, backend="sdpa")
+        for name, tensor in want.items():
+            torch.testing.assert_close(got[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
+        torch.testing.assert_close(read, want["hidden"], rtol=1e-9, atol=1e-12)
+        frames.append(counters["frames"]["ok"])
+    assert 8 <= frames[0] == frames[-1] <= 10, frames  # before and behind attention, of layer and attention module
+
+
+def test_layers_are_themselves_when_not_in_use_whatever_happens_inside(tiny_model):
+    layers, own = CompiledLayers([tiny_model, tiny_model], fused), decoder_layers(tiny_model)
+    with pytest.raises(RuntimeError, match="stop"), layers.in_use():
+        assert all("forward" in layer.__dict__ for layer in own)
+        raise RuntimeError("stop")
+    assert len(own) > 1 and not any("forward" in layer.__dict__ for layer in own)
+    with CompiledLayers([]).in_use():
+        assert not any("forward" in layer.__dict__ for layer in own)
+
+
+def test_hooks_of_a_layer_run_around_it(tiny_model):
+    seen = []
+    for layer in decoder_layers(tiny_model):
+        layer.register_forward_pre_hook(lambda module, args: seen.append(module))
+    with CompiledLayers([tiny_model], fused).in_use(), torch.no_grad():
+        packed_hidden_states(tiny_model, torch.arange(5), packed_layout([5]), backend="sdpa")
+    assert seen == decoder_layers(tiny_model)
+
+
+def kept(model, ids, layout):
+    """Bytes of the tensors that a forward pass keeps for its backward pass, weights apart."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = packed_hidden_states(model, ids, layout, backend="sdpa")
+    hidden.sum().backward()
+    return sum(storages.values())
+
+
+def test_torchs_compiler_keeps_what_the_meter_says_and_a_third_less_than_layers_that_are_not_compiled(tokenizer):
+    model = make_tiny_model(tokenizer).train()
+    layout = packed_layout([200, 150])
+    ids = torch.randint(len(tokenizer), (layout.num_tokens,))
+    found = [kept(model, ids, layout)]
+    for backend in (fused, "inductor"):
+        torch.compiler.reset()
+        with CompiledLayers([model], backend).in_use():
+            found.append(kept(model, ids, layout))
+    plain, counted, compiled = found
+    assert compiled == pytest.approx(counted, rel=0.01) and compiled < 0.67 * plain, found
+
+
+def test_a_run_with_compiled_layers_learns_the_same(run, capfd):
+    plain = run("plain", teacher="online", validation_samples=2, save_steps=3)
+    capfd.readouterr()
+    flags = dict(teacher="online", validation_samples=2, save_steps=3, torch_compile=True)
+    compiled = run("compiled", **flags)
+    out, err = capfd.readouterr()
+    assert "layers: compiled" in out and "torch" not in err, err
+    for one, other in zip(losses(plain), losses(compiled), strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+    best = [json.loads((folder / "best.json").read_text())["validation_loss"] for folder in (plain, compiled)]
+    assert best[1] == pytest.approx(best[0], rel=1e-4)
+    shutil.rmtree(compiled / "checkpoint-6")
+    run("compiled", resume_from_checkpoint="latest", **flags)
+    for one, other in zip(losses(plain), losses(compiled), strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(gradient_checkpointing=True, branches_per_trace=2),
+        dict(lora_rank=4, teacher="adapter_off"),
+        dict(method="sft", train_batch_size=8),
+    ],
+    ids=str,
+)
+def test_every_kind_of_step_learns_the_same_compiled(run, flags):
+    plain, compiled = run("plain", **flags), run("compiled", torch_compile=True, **flags)
+    for one, other in zip(losses(plain), losses(compiled), strict=True):
+        assert other == pytest.approx(one, rel=2e-4)
+
+
+@pytest.mark.slow
+def test_a_base_in_4_bits_learns_as_well_compiled(run):
+    flags = dict(lora_rank=4, lora_base="nf4", bf16=True)
+    plain, compiled = run("plain", **flags), run("compiled", torch_compile=True, **flags)
+    for one, other in zip(losses(plain), losses(compiled), strict=True):
+        assert other == pytest.approx(one, rel=0.05)
+
+
+@pytest.mark.slow
+def test_in_bf16_what_is_fused_is_rounded_less():
+    folder = model_folder("bundled:reasoner")
+    layout = packed_layout([120, 80])
+    ids = torch.randint(300, (layout.num_tokens,), generator=torch.Generator().manual_seed(0))
+
+    def states(dtype, *, compiled=False):
+        model = load_model(folder, dtype=dtype, device="cpu")
+        with CompiledLayers([model] if compiled else []).in_use(), torch.no_grad():
+            return packed_hidden_states(model, ids, layout, backend="sdpa").double()
+
+    exact = states(torch.float64)
+    plain, compiled = ((states(torch.bfloat16, compiled=c) - exact).norm() / exact.norm() for c in (False, True))
+    assert compiled < 0.9 * plain < 0.05, (compiled, plain)

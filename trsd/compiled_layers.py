@@ -1,0 +1,83 @@
+"""Layers compiled by torch: norms, rotary embeddings, activations and sums as few kernels, and less kept of them.
+
+A decoder layer is compiled in the pieces before and behind its attention, which stays outside: then one compilation
+serves rows of every length and layout, all layers of a model, and every attention back end. What is kept for the
+backward pass are the results of matrix products and of attention; all else is made again from them inside the kernels
+that need it. Layers are compiled while they are in use and are themselves at all other times, for generation feeds them
+caches that grow.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from trsd.errors import InputError
+
+# A piece is compiled once for each dtype, size, and kind of pass (with gradients, without) of the models that share its
+# code; torch's own limit, 8, is soon met by a student, its teacher and a validation pass.
+MOST_VARIANTS = 64
+
+
+class CompiledLayers:
+    """The decoder layers of some models, to be compiled when they first run."""
+
+    def __init__(self, models: Iterable[PreTrainedModel], backend: str | Callable[..., Any] = "inductor") -> None:
+        """Take models whose layers are in their final place: with adapters, in 8 bits, sharded.
+
+        Args:
+            models: one that is named twice counts once.
+            backend: of ``torch.compile``.
+        """
+        layers = {id(layer): layer for model in models for layer in decoder_layers(model)}.values()
+        self._layers = [(layer, torch.compile(layer.forward, backend=backend, dynamic=True)) for layer in layers]
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, the layers run compiled; forward and backward both belong inside, for activations may be recomputed.
+
+        Hooks of a layer, and the checkpoint around it, run around the compiled code as around its own.
+        """
+        if not self._layers:
+            yield
+            return
+        with (
+            torch._dynamo.config.patch(recompile_limit=MOST_VARIANTS),
+            # Else what a product needs again is kept even where it is a product of two kept ones, element by element.
+            torch._functorch.config.patch(ban_recompute_materialized_backward=False),
+        ):
+            for layer, compiled in self._layers:
+                layer.forward = compiled
+            try:
+                yield
+            finally:
+                for layer, _ in self._layers:
+                    del layer.forward
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of the body, in order."""
+    lists = (child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList))
+    return [layer for layers in lists for layer in layers]
+
+
+def require_compiler(device: str) -> None:
+    """Raise InputError where nothing could be compiled for ``device``, "cuda" or "cpu", with what is missing."""
+    if device == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            raise InputError("torch_compile: needs Triton, which cannot be used here: install it, or leave it out")
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise InputError(
+            "torch_compile: needs a C++ compiler on a CPU, and none was found: install g++, or leave it out"
+        ) from None

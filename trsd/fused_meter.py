@@ -1,0 +1,95 @@
+"""Compiled layers as a meter sees them: what torch would fuse counts as one kernel, which reads and writes once.
+
+``fused`` is a backend of ``torch.compile`` that compiles nothing. It takes the graphs that torch's own compiler would
+be given, forward and backward, with what is kept between them, and runs them operation by operation. But operations
+that neither multiply matrices nor belong to anyone else are run in groups, as large as their order allows: of a group
+the meter is told the bytes that come in and go out, and counts as held what goes out alone.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
+from torch.fx.passes.operator_support import OperatorSupportBase
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from trsd.live_bytes import LiveBytes
+from trsd.step_meter import ELEMENTWISE, StepMeter, moved_bytes
+
+
+def fused(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """The backend; it counts for the ``LiveBytes`` or ``StepMeter`` that is on when the graph runs."""
+    return aot_autograd(
+        fw_compiler=_in_groups,
+        bw_compiler=_in_groups,
+        decompositions=lambda: import_module("torch._inductor.compile_fx").select_decomp_table(),
+        partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"),
+    )(graph, inputs)
+
+
+class _Fusible(OperatorSupportBase):
+    """What may share a kernel with its neighbours."""
+
+    def is_node_supported(self, submodules: Any, node: fx.Node) -> bool:
+        packet = getattr(node.target, "overloadpacket", None)
+        return packet is not None and node.target.namespace in ("aten", "prims") and packet not in flop_registry
+
+
+def _in_groups(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    groups = CapabilityBasedPartitioner(graph, _Fusible(), allows_single_node_partition=True).partition_and_fuse()
+    return make_boxed_func(_Run(groups))
+
+
+class _Run:
+    """Runs a graph of operations and groups, and drops every value after its last use."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self.graph, nodes = graph, list(graph.graph.nodes)
+        last = {used: node for node in nodes for used in node.all_input_nodes}
+        self.steps = [(node, [used for used in node.all_input_nodes if last[used] is node]) for node in nodes]
+
+    def __call__(self, *inputs: Any) -> Any:
+        given, values = list(inputs)[::-1], {}
+        del inputs
+        for node, done in self.steps:
+            if node.op == "placeholder":
+                values[node] = given.pop()
+                continue
+            arguments = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            if node.op == "output":
+                return arguments[0][0]
+            values[node] = self._value(node, *arguments)
+            del arguments
+            for used in done:
+                del values[used]
+        raise AssertionError("a graph ends with its output")
+
+    def _value(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if node.op == "get_attr":
+            return getattr(self.graph, node.target)
+        if node.op == "call_module":
+            return _as_one(self.graph.get_submodule(node.target), args)
+        return node.target(*args, **kwargs)
+
+
+def _as_one(group: fx.GraphModule, args: tuple) -> Any:
+    """What ``group`` makes of ``args``, one operation to the meter."""
+    meters = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, LiveBytes)]
+    with _disable_current_modes():
+        result = group(*args)
+    known = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
+    results = (x for x in tree_leaves(result) if isinstance(x, Tensor))
+    made = [x for x in results if x.untyped_storage()._cdata not in known]  # else it is a view
+    for meter in meters:
+        meter.hold_results(made)
+        if made and isinstance(meter, StepMeter):
+            meter.add(ELEMENTWISE, moved_bytes=moved_bytes([*args, *made]))
+    return result
