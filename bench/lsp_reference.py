@@ -11,7 +11,7 @@ best settings here leave out the padding, so that SDPA takes its flash kernel, a
 allows. The authors' template adds a stray generation prompt at the end of whole sequences; that is not repeated.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trsd.compiled_layers import CompiledLayers
 from trsd.guards import StepGuard
 from trsd.working_weights import WorkingWeights
 
@@ -56,8 +57,10 @@ class LSPReference:
         alpha: float = 0.5,
         temperature: float = 1.0,
         max_grad_norm: float = 1.0,
+        compiler: str | Callable[..., Any] | None = None,
     ) -> None:
-        """Take models, what trains them, and the sequences [num_tokens] of the step."""
+        """Take models, what trains them, and the sequences [num_tokens] of the step; ``compiler``: of their layers."""
+        self.layers = CompiledLayers([student, teacher], compiler) if compiler else CompiledLayers([])
         self.student, self.teacher, self.optimizer, self.weights = student, teacher, optimizer, weights
         self.rows = [padded(ids, pad_to=pad_to) for ids in sequences]
         self.alpha, self.temperature, self.max_grad_norm = alpha, temperature, max_grad_norm
@@ -75,7 +78,7 @@ class LSPReference:
 
     def backward(self, row: Padded) -> Tensor:
         """Add one sequence's share of the gradients; returns its share of the loss."""
-        with self.weights.in_use():
+        with self.weights.in_use(), self.layers.in_use():
             with torch.no_grad():
                 teacher_logits = self.logits(self.teacher, row)
             loss = self.loss(self.logits(self.student, row), teacher_logits, row) / len(self.rows)

@@ -8,6 +8,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -15,6 +16,7 @@ from bench.lsp_reference import PAD_TO, LSPReference
 from bench.record import GIB
 from bench.training_settings import GPU_PAIRS, Pair, config_named
 from trsd.ceilings import Ceilings, known
+from trsd.fused_meter import fused
 from trsd.loop_meter import LoopMeter
 from trsd.methods.lsp import LSP, SECTIONS
 from trsd.optim import build_optimizer
@@ -26,6 +28,8 @@ from trsd.truncation import fraction, kept_length
 from trsd.working_weights import WorkingWeights
 from trsd_kernels import packed_layout
 
+COMPILED = ", compiled"  # what the name of a contender ends in whose layers are
+
 
 def planned_ours(pair: Pair, recipe: Recipe, ceilings: Ceilings, *, target: str) -> tuple[int, float]:
     """(peak bytes, least milliseconds) of our step."""
@@ -36,7 +40,14 @@ def planned_ours(pair: Pair, recipe: Recipe, ceilings: Ceilings, *, target: str)
 
 
 def planned_reference(
-    pair: Pair, keep_fraction: float, ceilings: Ceilings, *, target: str, best: bool, recomputed: bool
+    pair: Pair,
+    keep_fraction: float,
+    ceilings: Ceilings,
+    *,
+    target: str,
+    best: bool,
+    recomputed: bool,
+    compiled: bool = False,
 ) -> tuple[int, float]:
     """(peak bytes, least milliseconds) of the LSP reference's step."""
     on_gpu = target == "cuda"
@@ -50,7 +61,9 @@ def planned_reference(
     length = kept_length(pair.length, keep_fraction)
     ids = torch.zeros(length, dtype=torch.int64, device="meta")
     reference = LSPReference(
-        student, teacher, optimizer, weights, [ids] * pair.num_sequences, pad_to=1 if best else PAD_TO
+        *(student, teacher, optimizer, weights, [ids] * pair.num_sequences),
+        pad_to=1 if best else PAD_TO,
+        compiler=fused if compiled else None,
     )
     layout = packed_layout([reference.rows[0].input_ids.shape[1]])
     reference.forward_options |= {"packed_layout": layout, "attention_backend": "triton" if on_gpu else "sdpa"}
@@ -77,24 +90,26 @@ def ours_forms(pair: Pair, keep_fraction: float) -> dict[str, Recipe]:
 
     whole = lsp_recipe(pair, keep_fraction, row_tokens=pair.length * pair.num_sequences)
     lean = lsp_recipe(pair, keep_fraction, row_tokens=pair.length, chunk_bytes=2**29)
-    return {
+    found = {
         "ours, teacher online": whole,
         "ours, teacher online, lean": replace(lean, gradient_checkpointing=True),
         "ours, teacher in fp8": replace(whole, teacher="online_fp8"),
         "ours, teacher cached": replace(whole, teacher="hidden_cache"),
     }
+    return found | {name + COMPILED: replace(recipe, torch_compile=True) for name, recipe in found.items()}
 
 
 def predictions(pair: Pair, keep_fraction: float, ceilings: Ceilings) -> dict[str, Callable[[], tuple[int, float]]]:
     """Every contender's prediction on a GPU, to be computed."""
     shared = dict(target="cuda")
+    forms = {
+        "LSP reference": dict(best=False, recomputed=True),
+        "LSP reference, best settings": dict(best=True, recomputed=False),
+        "LSP reference, best settings" + COMPILED: dict(best=True, recomputed=False, compiled=True),
+    }
     found: dict[str, Callable[[], tuple[int, float]]] = {
-        "LSP reference": lambda: planned_reference(
-            pair, keep_fraction, ceilings, best=False, recomputed=True, **shared
-        ),
-        "LSP reference, best settings": lambda: planned_reference(
-            pair, keep_fraction, ceilings, best=True, recomputed=False, **shared
-        ),
+        name: partial(planned_reference, pair, keep_fraction, ceilings, **form, **shared)
+        for name, form in forms.items()
     }
     for name, recipe in ours_forms(pair, keep_fraction).items():
         found[name] = lambda recipe=recipe: planned_ours(pair, recipe, ceilings, **shared)
@@ -113,11 +128,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     for pair in GPU_PAIRS:
         for keep_fraction in kept:
-            print(f"\n{pair.group(keep_fraction)}, {ceilings.name}, predicted\n{'':<32}{'GiB':>8}{'ms at least':>14}")
+            print(f"\n{pair.group(keep_fraction)}, {ceilings.name}, predicted\n{'':<40}{'GiB':>8}{'ms at least':>14}")
             for name, predict in predictions(pair, keep_fraction, ceilings).items():
                 peak, milliseconds = predict()
                 fits = "" if ceilings.memory is None or peak <= ceilings.memory else "  does not fit"
-                print(f"{name:<32}{peak / GIB:>8.1f}{milliseconds:>14.0f}{fits}", flush=True)
+                print(f"{name:<40}{peak / GIB:>8.1f}{milliseconds:>14.0f}{fits}", flush=True)
 
 
 def _fraction(text: str) -> float:

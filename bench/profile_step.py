@@ -19,6 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.measure import NotMeasured
+from bench.predict import COMPILED
 from bench.record import environment, results_path
 from bench.training import PairSteps, Shared, TrainingStep
 from bench.training_settings import CPU_PAIRS, GPU_PAIRS
@@ -27,6 +28,7 @@ from trsd.models import quieten_transformers
 
 # Kernels, or operations on a CPU, by their names; the first that fits.
 FAMILIES = (
+    ("fused by torch.compile", r"^triton_(poi|red|per|tem|mm|for)_|^cpp_fused"),
     ("attention", r"flash|fmha|attention|sdpa|^_(forward|query_gradient|key_gradient)_kernel|bwd_d[qkv]"),
     ("loss rows", r"^_(accumulate|mixture|gradient)_kernel|distill"),
     ("matrix products", r"gemm|cutlass|nvjet|xmma|aten::(mm|addmm|bmm|_scaled_mm|linear|matmul)$|sgemm|wgmma"),
@@ -119,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--contender", choices=("reference", "best", "online", "lean", "fp8", "cached"), default="cached"
     )
+    parser.add_argument("--compiled", action="store_true", help="its layers are compiled")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--trace", type=Path, help="left out, beside the results, not for the repository")
     arguments = parser.parse_args(argv)
@@ -128,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not on_gpu:
         torch.set_num_threads(1)
     pair, about = pairs[arguments.pair], environment()
-    name = f"profile-{arguments.contender}-{arguments.fraction:g}"
+    contender = arguments.contender + COMPILED * arguments.compiled
+    name = f"profile-{arguments.contender}-{'compiled-' * arguments.compiled}{arguments.fraction:g}"
     trace = arguments.trace or results_path(name, about["device"]).with_suffix(".trace.json")
     try:
         trace.parent.mkdir(parents=True, exist_ok=True)
@@ -146,10 +150,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             "cached": partial(steps.cached, recomputed=False),
         }[arguments.contender]
         try:
-            text = run(make(), steps=arguments.steps, trace=trace)
+            text = run(make(compiled=arguments.compiled), steps=arguments.steps, trace=trace)
         except (NotMeasured, InputError) as error:
-            sys.exit(f"{pair.group(arguments.fraction)}, {arguments.contender}: {error}")
-    print(f"{pair.group(arguments.fraction)}, {arguments.contender}, on {about['device']}\n{text}\n{trace}")
+            sys.exit(f"{pair.group(arguments.fraction)}, {contender}: {error}")
+    print(f"{pair.group(arguments.fraction)}, {contender}, on {about['device']}\n{text}\n{trace}")
 
 
 def _device(on_gpu: bool) -> str:

@@ -56,12 +56,12 @@ BENCHMARK = ("--benchmark-only", "--benchmark-quiet")
 def stages() -> tuple[Stage, ...]:
     """In order of importance; their seconds are shares where the limit is another than ``SECONDS``."""
     return (
-        Stage("GPU tests", 140, ("-m", "gpu", *gpu_tests())),
+        Stage("GPU tests", 150, ("-m", "gpu", *gpu_tests())),
         Stage("ceilings", 15, (suite("ceilings"), *BENCHMARK)),
-        Stage("whole training steps", 165, (suite("training"), *BENCHMARK)),
-        Stage("the loss", 100, (suite("linear_distill"), *BENCHMARK)),
-        Stage("attention, branches, packing", 70, (suite("attention"), suite("trsd_step"), *BENCHMARK)),
-        Stage("the rest", 40, (*map(suite, REST), *BENCHMARK)),
+        Stage("whole training steps", 195, (suite("training"), *BENCHMARK)),
+        Stage("the loss", 80, (suite("linear_distill"), *BENCHMARK)),
+        Stage("attention, branches, packing", 55, (suite("attention"), suite("trsd_step"), *BENCHMARK)),
+        Stage("the rest", 35, (*map(suite, REST), *BENCHMARK)),
     )
 
 

@@ -114,9 +114,9 @@ def bytes_of(model: PreTrainedModel) -> int:
 class TrainingStep(Rounds, ABC):
     """One contender's whole step; the first run of it is its check."""
 
-    def __init__(self, shared: Shared, *, recomputed: bool, held: int) -> None:
+    def __init__(self, shared: Shared, *, recomputed: bool, held: int, compiled: bool = False) -> None:
         super().__init__(self._run, on_gpu=shared.on_gpu)
-        self.shared, self.recomputed, self.held = shared, recomputed, held
+        self.shared, self.recomputed, self.held, self.compiled = shared, recomputed, held, compiled
         self.loss = self.norm = 0.0
         self.gradient: torch.Tensor | None = None
         """Of the first run, which is not timed: some entries of every tensor, in units of its own size."""
@@ -151,14 +151,20 @@ class TrainingStep(Rounds, ABC):
         peak = super().peak_bytes()
         return None if peak is None else peak + self.held + self.shared.held_by_training()
 
+    def _peak_bytes_on_a_cpu(self) -> int | None:
+        return None if self.compiled else super()._peak_bytes_on_a_cpu()  # torch's dispatcher sees no compiled code
+
 
 class Reference(TrainingStep):
     """The LSP step."""
 
-    def __init__(self, shared: Shared, sequences: Sequence[torch.Tensor], *, best: bool, recomputed: bool) -> None:
-        super().__init__(shared, recomputed=recomputed, held=bytes_of(shared.teacher))
+    def __init__(
+        self, shared: Shared, sequences: Sequence[torch.Tensor], *, best: bool, recomputed: bool, compiled: bool
+    ) -> None:
+        super().__init__(shared, recomputed=recomputed, held=bytes_of(shared.teacher), compiled=compiled)
         models = (shared.student, shared.teacher, shared.optimizer, shared.weights)
-        self.reference = LSPReference(*models, sequences, pad_to=1 if best else PAD_TO)
+        compiler = "inductor" if compiled else None
+        self.reference = LSPReference(*models, sequences, pad_to=1 if best else PAD_TO, compiler=compiler)
         self.num_tokens = sum(map(len, sequences))
         self._entropy: float | None = None
 
@@ -187,10 +193,18 @@ class Ours(TrainingStep):
     """A step of the trainer's own loop."""
 
     def __init__(
-        self, shared: Shared, recipe: Recipe, method: Method, teacher: Teacher, *, recomputed: bool, held: int
+        self,
+        shared: Shared,
+        recipe: Recipe,
+        method: Method,
+        teacher: Teacher,
+        *,
+        recomputed: bool,
+        held: int,
+        compiled: bool = False,
     ) -> None:
-        super().__init__(shared, recomputed=recomputed, held=held)
-        self.recipe = replace(recipe, gradient_checkpointing=recomputed)
+        super().__init__(shared, recomputed=recomputed, held=held, compiled=compiled)
+        self.recipe = replace(recipe, gradient_checkpointing=recomputed, torch_compile=compiled)
         placement = Placement(self.recipe, shared.student_config, shared.teacher_config, device=shared.device)
         self.loop = Loop(placement, shared.student, teacher, method)
         self.loop.optimizer, self.loop.weights = shared.optimizer, shared.weights
@@ -251,19 +265,22 @@ class PairSteps:
             found.append(torch.tensor(ids[: kept_length(len(ids), keep_fraction)], device=self.shared.device))
         return found
 
-    def reference(self, *, best: bool, recomputed: bool, keep_fraction: float | None = None) -> Reference:
+    def reference(
+        self, *, best: bool, recomputed: bool, keep_fraction: float | None = None, compiled: bool = False
+    ) -> Reference:
         sequences = self.sequences(keep_fraction or self.keep_fraction)
-        return Reference(self.shared, sequences, best=best, recomputed=recomputed)
+        return Reference(self.shared, sequences, best=best, recomputed=recomputed, compiled=compiled)
 
-    def online(self, *, recomputed: bool, lean: bool = False, fp8: bool = False) -> Ours:
+    def online(self, *, recomputed: bool, lean: bool = False, fp8: bool = False, compiled: bool = False) -> Ours:
         """Ours with a teacher that runs beside; ``lean``: a row a sequence, and small chunks of the loss."""
         model = self.shared.fp8_teacher if fp8 else self.shared.teacher
         row = self.pair.length if lean else self.pair.length * self.pair.num_sequences
         recipe = lsp_recipe(self.pair, self.keep_fraction, row_tokens=row, chunk_bytes=2**29 if lean else None)
         teacher = OnlineTeacher(model, TeacherExamples(self.method), max_tokens_per_batch=row)
-        return Ours(self.shared, recipe, self.method, teacher, recomputed=recomputed, held=bytes_of(model))
+        how = dict(recomputed=recomputed, held=bytes_of(model), compiled=compiled)
+        return Ours(self.shared, recipe, self.method, teacher, **how)
 
-    def cached(self, *, recomputed: bool) -> Ours:
+    def cached(self, *, recomputed: bool, compiled: bool = False) -> Ours:
         """Ours with the teacher's hidden states from disk."""
         row = self.pair.length * self.pair.num_sequences
         fingerprint = {"fraction": str(self.keep_fraction)}
@@ -273,8 +290,8 @@ class PairSteps:
             build_hidden_cache(folder, online, fingerprint=fingerprint, dtype=self.shared.reading_dtype)
         cache = HiddenCache(folder, fingerprint=fingerprint, device=self.shared.device)
         recipe = lsp_recipe(self.pair, self.keep_fraction, row_tokens=row)
-        held = cache.lm_head_weight.nbytes
-        return Ours(self.shared, recipe, self.method, cache, recomputed=recomputed, held=held)
+        how = dict(recomputed=recomputed, held=cache.lm_head_weight.nbytes, compiled=compiled)
+        return Ours(self.shared, recipe, self.method, cache, **how)
 
     def flops(self, *, teacher: bool) -> float:
         """Operations the step asks for: the student's three passes, the loss, and the teacher's one if it runs."""

@@ -30,8 +30,8 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-def states_and_gradients(model, layout, ids):
-    hidden = packed_hidden_states(model, ids, layout, backend="sdpa")
+def states_and_gradients(model, layout, ids, *, backend="sdpa"):
+    hidden = packed_hidden_states(model, ids, layout, backend=backend)
     parameters = dict(model.get_decoder().named_parameters())
     gradients = torch.autograd.grad(hidden.square().sum(), list(parameters.values()))
     return {"hidden": hidden.detach(), **dict(zip(parameters, gradients, strict=True))}
@@ -167,3 +167,37 @@ def test_in_bf16_what_is_fused_is_rounded_less():
     exact = states(torch.float64)
     plain, compiled = ((states(torch.bfloat16, compiled=c) - exact).norm() / exact.norm() for c in (False, True))
     assert compiled < 0.9 * plain < 0.05, (compiled, plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_on_a_gpu_compiled_layers_are_as_near_to_float64_as_others(backend):
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    sizes = dict(hidden_size=256, intermediate_size=512, head_dim=64, num_hidden_layers=4)
+    model = small_model("qwen3", **sizes).train()
+    for parameter in model.parameters():
+        parameter.data /= 5.0
+    model.set_attn_implementation("trsd_varlen")
+    low = small_model("qwen3", **sizes).to(torch.bfloat16).cuda().train()
+    low.load_state_dict(model.state_dict())
+    low.set_attn_implementation("trsd_varlen")
+    layers, frames = CompiledLayers([low], "inductor"), []
+    for parts in (([300, 77, 200], [[(100, 30), (250, 9)], [], []]), ([600], None), ([513, 8], [[(40, 3)], []])):
+        if backend == "torch" and parts[1]:
+            parts = (parts[0], None)
+        layout = packed_layout(*parts)
+        ids = torch.randint(640, (layout.num_tokens,))
+        exact = states_and_gradients(model, layout, ids)
+        errors = {}
+        for compiled in (False, True):
+            with CompiledLayers([]).in_use() if not compiled else layers.in_use():
+                got = states_and_gradients(low, layout.to("cuda"), ids.cuda(), backend=backend)
+            errors[compiled] = {
+                name: float((tensor.cpu().double() - exact[name]).norm() / exact[name].norm())
+                for name, tensor in got.items()
+            }
+        for name, error in errors[True].items():
+            assert error <= 1.3 * errors[False][name] + 2e-3, (name, error, errors[False][name])
+        frames.append(counters["frames"]["ok"])
+    assert frames[0] == frames[-1] <= 10, frames

@@ -24,6 +24,8 @@ from bench.profile_step import Kernel, by_family, family_of, table
         ("void (anonymous namespace)::softmax_warp_forward<float>", "softmax and cross-entropy"),
         ("Memcpy HtoD (Pageable -> Device)", "copies and casts"),
         ("void at::native::reduce_kernel<512, 1>", "reductions"),
+        ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_3", "fused by torch.compile"),
+        ("triton_poi_fused_embedding_silu_mul_0", "fused by torch.compile"),
         ("something new", "other"),
     ],
 )

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from bench.in_sight import ops_in_sight
 from trsd.ceilings import Ceilings
+from trsd.errors import InputError
 from trsd.fused_meter import fused
 from trsd.live_bytes import LiveBytes
 from trsd.loop import Loop
@@ -192,3 +193,10 @@ def test_the_loss_holds_a_chunk_of_logits(teacher):
     small = simulated(recipe, target="cuda", ceilings=GPU).held
     large = simulated(replace(recipe, loss_chunk_bytes=2**24), target="cuda", ceilings=GPU).held
     assert max(small.get(LOSS_WORK, 0), large[LOSS_WORK]) > 2**20 and sum(large.values()) > sum(small.values())
+
+
+def test_a_torch_that_shows_nothing_of_what_it_compiles_is_said(monkeypatch):
+    monkeypatch.setattr("trsd.live_bytes.LiveBytes.ignore_compile_internals", classmethod(lambda cls: False))
+    torch.compiler.reset()
+    with pytest.raises(InputError, match="torch_compile: torch .* does not show what it compiles"):
+        simulated(make_recipe(method="sft", torch_compile=True))

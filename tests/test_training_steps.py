@@ -10,10 +10,12 @@ from bench import predict
 from bench import test_bench_training as suite
 from bench.lsp_reference import LSPReference, padded
 from bench.measure import NotMeasured
-from bench.predict import ours_forms, planned_ours, planned_reference, predictions
+from bench.predict import COMPILED, ours_forms, planned_ours, planned_reference, predictions
 from bench.training import BranchSteps, PairSteps, Shared
 from bench.training_settings import CPU_PAIRS, GPU_PAIRS, Branches, Pair
 from trsd.ceilings import Ceilings, known
+from trsd.compiled_layers import CompiledLayers
+from trsd.fused_meter import fused
 from trsd_kernels import FusedLinearDistillation
 
 PAIR = Pair("small teacher", "small student", 50, 2, (0.5, 1.0))
@@ -47,7 +49,11 @@ def gradients(step):
     return found
 
 
-@pytest.mark.parametrize("form", ["online", "lean", "recomputed", "cached", "best"])
+@pytest.mark.parametrize(
+    "form",
+    ["online", "lean", "recomputed", "cached", "best"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("online compiled", "cached compiled", "best compiled")],
+)
 def test_every_contender_takes_the_step_of_the_reference(steps, form):
     ours = {
         "online": partial(steps.online, recomputed=False),
@@ -55,6 +61,9 @@ def test_every_contender_takes_the_step_of_the_reference(steps, form):
         "recomputed": partial(steps.online, recomputed=True),
         "cached": partial(steps.cached, recomputed=False),
         "best": partial(steps.reference, best=True, recomputed=False),
+        "online compiled": partial(steps.online, recomputed=False, compiled=True),
+        "cached compiled": partial(steps.cached, recomputed=False, compiled=True),
+        "best compiled": partial(steps.reference, best=True, recomputed=False, compiled=True),
     }[form]()
     reference = steps.reference(best=False, recomputed=True)
     wanted, got = gradients(reference), gradients(ours)
@@ -104,12 +113,14 @@ def test_operations_are_those_that_torch_counts(steps):
     assert 0.6 < steps.flops(teacher=False) / steps.flops(teacher=True) < 0.9
 
 
-@pytest.mark.parametrize("best,recomputed", [(False, True), (True, False)])
-def test_the_references_memory_is_predicted(shared, tmp_path, best, recomputed):
-    pair = CPU_PAIRS[0]
-    step = PairSteps(pair, 1.0, shared, tmp_path).reference(best=best, recomputed=recomputed)
+@pytest.mark.parametrize("best,recomputed,compiled", [(False, True, False), (True, False, False), (True, False, True)])
+def test_the_references_memory_is_predicted(shared, tmp_path, best, recomputed, compiled):
+    pair, how = CPU_PAIRS[0], dict(best=best, recomputed=recomputed)
+    step = PairSteps(pair, 1.0, shared, tmp_path).reference(**how)
+    if compiled:  # in such a way that it can be seen
+        step.reference.layers = CompiledLayers([shared.student, shared.teacher], fused)
     step.work()
-    peak, milliseconds = planned_reference(pair, 1.0, CPU, target="cpu", best=best, recomputed=recomputed)
+    peak, milliseconds = planned_reference(pair, 1.0, CPU, target="cpu", compiled=compiled, **how)
     assert peak == pytest.approx(step.peak_bytes(), rel=0.1) and milliseconds > 0
 
 
@@ -121,6 +132,14 @@ def test_our_memory_is_predicted(shared, tmp_path, name, form):
     step.work()
     peak, _ = planned_ours(pair, ours_forms(pair, 1.0)[name], CPU, target="cpu")
     assert peak == pytest.approx(step.peak_bytes(), rel=0.1)
+
+
+def test_compiled_steps_are_predicted_to_take_less_memory_and_time():
+    pair, gpu = GPU_PAIRS[1], known("H200")
+    found = predictions(pair, 0.5, gpu)
+    for name in ("LSP reference, best settings", "ours, teacher cached"):
+        (plain, slow), (compiled, fast) = found[name](), found[name + COMPILED]()
+        assert compiled < 0.97 * plain and fast < 0.9 * slow, name
 
 
 def test_full_length_by_ours_is_predicted_to_hold_less_than_the_reference_at_one_half():

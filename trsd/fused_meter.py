@@ -91,5 +91,6 @@ def _as_one(group: fx.GraphModule, args: tuple) -> Any:
     for meter in meters:
         meter.hold_results(made)
         if made and isinstance(meter, StepMeter):
+            meter.num_fused += 1
             meter.add(ELEMENTWISE, moved_bytes=moved_bytes([*args, *made]))
     return result

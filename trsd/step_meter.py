@@ -41,6 +41,8 @@ class StepMeter(LiveBytes):
         self.products, self.copies = products, copies
         self.flops: dict[str, float] = defaultdict(float)
         self.seconds: dict[str, float] = defaultdict(float)
+        self.num_fused = 0
+        """Groups of operations that ran as one, in layers that are compiled."""
         self._family: str | None = None
 
     @contextmanager

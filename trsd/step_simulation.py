@@ -170,6 +170,8 @@ class _Simulation:
         with self.meter:
             for batch in rows:
                 self.loop._backward(batch, step_rows)
+            if self.recipe.torch_compile and not self.meter.num_fused:
+                raise InputError(f"torch_compile: torch {torch.__version__} does not show what it compiles")
             scale = tokens / sum(batch.num_tokens for batch in rows)
             self._optimizer_step()
         flops = {name: value * (1 if name == OPTIMIZER else scale) for name, value in self.meter.flops.items()}
