@@ -1,10 +1,10 @@
 """Layers compiled by torch: norms, rotary embeddings, activations and sums as few kernels, and less kept of them.
 
 A decoder layer is compiled in the pieces before and behind its attention, which stays outside: then one compilation
-serves rows of every length and layout, all layers of a model, and every attention back end. What is kept for the
-backward pass are the results of matrix products and of attention; all else is made again from them inside the kernels
-that need it. Layers are compiled while they are in use and are themselves at all other times, for generation feeds them
-caches that grow.
+serves rows of every length and layout, all layers of a model, and every attention back end. Experts stay outside, too.
+What is kept for the backward pass are the results of matrix products and of attention; all else is made again from them
+inside the kernels that need it. Layers are compiled while they are in use and are themselves at all other times, for
+generation feeds them caches that grow.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +33,10 @@ class CompiledLayers:
             backend: of ``torch.compile``.
         """
         layers = {id(layer): layer for model in models for layer in decoder_layers(model)}.values()
-        self._layers = [(layer, torch.compile(layer.forward, backend=backend, dynamic=True)) for layer in layers]
+        self._forwards = [(layer, torch.compile(layer.forward, backend=backend, dynamic=True)) for layer in layers]
+        # Which tokens an expert sees follows from their values, which is not for a graph.
+        experts = [part for layer in layers for path, part in layer.named_modules() if path.endswith("experts")]
+        self._forwards += [(part, torch.compiler.disable(part.forward)) for part in experts]
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -41,7 +44,7 @@ class CompiledLayers:
 
         Hooks of a layer, and the checkpoint around it, run around the compiled code as around its own.
         """
-        if not self._layers:
+        if not self._forwards:
             yield
             return
         with (
@@ -49,13 +52,13 @@ class CompiledLayers:
             # Else what a product needs again is kept even where it is a product of two kept ones, element by element.
             torch._functorch.config.patch(ban_recompute_materialized_backward=False),
         ):
-            for layer, compiled in self._layers:
-                layer.forward = compiled
+            for module, forward in self._forwards:
+                module.forward = forward
             try:
                 yield
             finally:
-                for layer, _ in self._layers:
-                    del layer.forward
+                for module, _ in self._forwards:
+                    del module.forward
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
