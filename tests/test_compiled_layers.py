@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from conftest import losses, make_tiny_model
 from test_models import KINDS, small_model
 from torch._dynamo.utils import counters
 
-from trsd.compiled_layers import CompiledLayers, decoder_layers
+from trsd.compiled_layers import CompilationFailed, CompiledLayers, decoder_layers
+from trsd.errors import InputError
 from trsd.fused_meter import fused
 from trsd.models import load_model, model_folder, packed_hidden_states
 from trsd_kernels import packed_layout
@@ -98,6 +100,20 @@ def test_layers_are_themselves_when_not_in_use_whatever_happens_inside(tiny_mode
     assert len(own) > 1 and not any("forward" in layer.__dict__ for layer in own)
     with CompiledLayers([]).in_use():
         assert not any("forward" in layer.__dict__ for layer in own)
+
+
+def test_a_forward_that_somebody_else_put_there_is_compiled_and_put_back(tiny_model):
+    layer, calls = decoder_layers(tiny_model)[0], []
+    inner = layer.forward
+
+    def forward(*args, **kwargs):
+        calls.append(len(args))
+        return inner(*args, **kwargs)
+
+    layer.forward = forward
+    with CompiledLayers([tiny_model], fused).in_use(), torch.no_grad():
+        packed_hidden_states(tiny_model, torch.arange(5), packed_layout([5]), backend="sdpa")
+    assert layer.forward is forward and len(calls) == 1
 
 
 def test_hooks_of_a_layer_run_around_it(tiny_model):
@@ -228,3 +244,58 @@ def test_on_a_gpu_compiled_layers_are_as_near_to_float64_as_others(backend):
             assert error <= 1.3 * errors[False][name] + 2e-3, (name, error, errors[False][name])
         frames.append(counters["frames"]["ok"])
     assert frames[0] == frames[-1] <= 10, frames
+
+
+def broken(graph, inputs):
+    raise RuntimeError("In file included from main.cpp\nmain.cpp:1:10: fatal error: Python.h: no such file\n1 error")
+
+
+def run_layers(model, backend):
+    with CompiledLayers([model], backend).in_use(), torch.no_grad():
+        packed_hidden_states(model, torch.arange(5), packed_layout([5]), backend="sdpa")
+
+
+def test_layers_that_cannot_be_compiled_are_said_in_a_line(tiny_model):
+    with pytest.raises(CompilationFailed, match=r"here \(RuntimeError: main.cpp:1:10: fatal error: Python.h.*: leave"):
+        run_layers(tiny_model, broken)
+    assert not any("forward" in layer.__dict__ for layer in decoder_layers(tiny_model))
+
+
+def test_memory_that_runs_out_in_a_compiler_is_memory_that_runs_out(tiny_model):
+    def out_of_memory(graph, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run_layers(tiny_model, out_of_memory)
+
+
+def test_a_model_whose_layers_are_not_to_be_seen_is_refused(tiny_model):
+    class Held(torch.nn.Module):
+        def __init__(self, layers):
+            super().__init__()
+            self.held = layers
+
+    tiny_model.model.layers = Held(tiny_model.model.layers)
+    with pytest.raises(InputError, match="Qwen3ForCausalLM has no list of layers to compile"):
+        CompiledLayers([tiny_model])
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_run_whose_layers_cannot_be_compiled_ends_in_a_line(run, monkeypatch, capsys, interrupted):
+    """Where a signal came, which a terminal gives to the compiler as well, as interrupted."""
+
+    def compiler(self):
+        def backend(graph, inputs):
+            if interrupted:
+                signal.raise_signal(signal.SIGTERM)
+            return broken(graph, inputs)
+
+        return backend
+
+    monkeypatch.setattr("trsd.placement.Placement.compiler", property(compiler))
+    with pytest.raises(SystemExit) as exit_:
+        run("broken", torch_compile=True)
+    if interrupted:
+        assert exit_.value.code == 143 and "ended by SIGTERM; --resume_from_checkpoint" in capsys.readouterr().err
+    else:
+        assert str(exit_.value.code).startswith("error: torch_compile: torch cannot compile these layers here (")

@@ -55,12 +55,22 @@ def test_resume_before_the_first_checkpoint_starts_over_from_the_stored_traces(r
 def test_a_run_from_before_a_setting_was_there_goes_on_where_it_is_at_its_default(run, capsys):
     whole = run("whole")
     recipe = whole / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("torch_compile: false\n", ""))
+    recipe.write_text(recipe.read_text().replace("snap_to_sentence: false\n", ""))
     before = losses(whole)
     run("whole", resume_from_checkpoint="latest")
-    assert losses(whole) == before and "torch_compile" not in recipe.read_text()
-    said = refusal(capsys, lambda: run("whole", resume_from_checkpoint="latest", torch_compile=True))
-    assert "(torch_compile: False -> True)" in said
+    assert losses(whole) == before and "snap_to_sentence" not in recipe.read_text()
+    said = refusal(capsys, lambda: run("whole", resume_from_checkpoint="latest", snap_to_sentence=True))
+    assert "(snap_to_sentence: False -> True)" in said
+
+
+def test_a_run_that_ran_out_of_memory_goes_on_with_settings_that_take_less(run, tmp_path):
+    whole = run("whole", save_steps=3)
+    shutil.copytree(whole, tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "checkpoint-6")
+    less = dict(gradient_checkpointing=True, gradient_checkpointing_policy="selective", loss_chunk_bytes=2**16)
+    part = run("part", save_steps=3, resume_from_checkpoint="latest", **less)
+    for one, other in zip(losses(whole), losses(part), strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
 
 
 def test_resume_sweeps_half_written_folders_and_leaves_a_users_dot_files(run):

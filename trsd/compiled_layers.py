@@ -22,6 +22,10 @@ from trsd.errors import InputError
 MOST_VARIANTS = 64
 
 
+class CompilationFailed(RuntimeError):
+    """Torch could not compile a layer; the message says why, and what to do."""
+
+
 class CompiledLayers:
     """The decoder layers of some models, to be compiled when they first run."""
 
@@ -31,6 +35,9 @@ class CompiledLayers:
         Args:
             models: one that is named twice counts once.
             backend: of ``torch.compile``.
+
+        Raises:
+            InputError: a model has no layers, as far as one can see.
         """
         layers = {id(layer): layer for model in models for layer in decoder_layers(model)}.values()
         self._forwards = [(layer, torch.compile(layer.forward, backend=backend, dynamic=True)) for layer in layers]
@@ -42,7 +49,8 @@ class CompiledLayers:
     def in_use(self) -> Iterator[None]:
         """Inside, the layers run compiled; forward and backward both belong inside, for activations may be recomputed.
 
-        Hooks of a layer, and the checkpoint around it, run around the compiled code as around its own.
+        Hooks of a layer, and the checkpoint around it, run around the compiled code as around its own. Raises
+        ``CompilationFailed`` for what cannot be compiled.
         """
         if not self._forwards:
             yield
@@ -52,19 +60,41 @@ class CompiledLayers:
             # Else what a product needs again is kept even where it is a product of two kept ones, element by element.
             torch._functorch.config.patch(ban_recompute_materialized_backward=False),
         ):
+            modules = [module for module, _ in self._forwards]
+            before = [module.__dict__.get("forward") for module in modules]  # there where somebody else put one
             for module, forward in self._forwards:
                 module.forward = forward
             try:
                 yield
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                raise _failure(error) from error
             finally:
-                for module, _ in self._forwards:
-                    del module.forward
+                for module, own in zip(modules, before, strict=True):
+                    if own is None:
+                        del module.forward
+                    else:
+                        module.forward = own
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of the body, in order."""
+    """The layers of the body, in order. Raises InputError where it has no list of them."""
     lists = (child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList))
-    return [layer for layers in lists for layer in layers]
+    layers = [layer for layers in lists for layer in layers]
+    if not layers:
+        raise InputError(f"torch_compile: {type(model).__name__} has no list of layers to compile: leave it out")
+    return layers
+
+
+def _failure(error: Any) -> Exception:
+    """What to raise for torch's error of a compiler: memory that ran out there is memory that ran out."""
+    inner = error.inner_exception
+    if isinstance(inner, torch.OutOfMemoryError | MemoryError):
+        return inner
+    lines = [" ".join(line.split()) for line in str(inner).splitlines() if line.strip()] or [""]
+    line = next((line for line in lines if "error:" in line), lines[0])
+    return CompilationFailed(
+        f"torch_compile: torch cannot compile these layers here ({type(inner).__name__}: {line[:200]}): leave it out"
+    )
 
 
 def require_compiler(device: str) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
@@ -45,23 +44,29 @@ class _Fusible(OperatorSupportBase):
 
 def _in_groups(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     groups = CapabilityBasedPartitioner(graph, _Fusible(), allows_single_node_partition=True).partition_and_fuse()
-    return make_boxed_func(_Run(groups))
+    steps = _Run(groups)
+
+    def run(inputs: list[Any]) -> Any:
+        return steps(inputs)
+
+    run._boxed_call = True  # so torch hands over its only list of the inputs, to be emptied
+    return run
 
 
 class _Run:
-    """Runs a graph of operations and groups, and drops every value after its last use."""
+    """Runs a graph of operations and groups, and drops every value, its inputs too, after its last use."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self.graph, nodes = graph, list(graph.graph.nodes)
         last = {used: node for node in nodes for used in node.all_input_nodes}
         self.steps = [(node, [used for used in node.all_input_nodes if last[used] is node]) for node in nodes]
 
-    def __call__(self, *inputs: Any) -> Any:
-        given, values = list(inputs)[::-1], {}
-        del inputs
+    def __call__(self, inputs: list[Any]) -> Any:
+        inputs.reverse()
+        values: dict[fx.Node, Any] = {}
         for node, done in self.steps:
             if node.op == "placeholder":
-                values[node] = given.pop()
+                values[node] = inputs.pop()
                 continue
             arguments = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             if node.op == "output":

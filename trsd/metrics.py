@@ -102,16 +102,19 @@ class Pace:
     """How long steps take; the first, which may have compiled or warmed up, counts only until there is another."""
 
     def __init__(self) -> None:
-        self._ends = [time.perf_counter()]
+        self._since = self._now = time.perf_counter()
+        self._steps = 0
 
     def step_done(self) -> None:
         """Count one step, which ends now."""
-        self._ends.append(time.perf_counter())
+        self._steps += 1
+        if self._steps == 2:
+            self._since = self._now
+        self._now = time.perf_counter()
 
     def remaining(self, num_steps: int) -> float:
         """Seconds that so many more steps will take, after at least one."""
-        ends = self._ends[1:] if len(self._ends) > 2 else self._ends
-        return (ends[-1] - ends[0]) / (len(ends) - 1) * num_steps
+        return (self._now - self._since) / max(1, self._steps - 1) * num_steps
 
 
 def say(text: str) -> None:

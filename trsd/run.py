@@ -41,6 +41,11 @@ FREE_TO_CHANGE = {
     "shard_group_size",
     "cpu_offload",
     "vocab_parallel",
+    # What a step computes with, and by no more than its rounding what it computes.
+    "gradient_checkpointing",
+    "gradient_checkpointing_policy",
+    "torch_compile",
+    "loss_chunk_bytes",
 }
 LATER = {  # what neither traces nor teacher targets depend on: free between trsd.cache and trsd.train
     "eval_data",
@@ -57,10 +62,6 @@ LATER = {  # what neither traces nor teacher targets depend on: free between trs
     "num_train_epochs",
     "max_steps",
     "train_batch_size",
-    "gradient_checkpointing",
-    "gradient_checkpointing_policy",
-    "torch_compile",
-    "loss_chunk_bytes",
 }
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from trsd.batching import Example
 from trsd.checkpoint import Checkpointer, SaveError, load_state
 from trsd.checkpoint_folders import TRAINER, best_checkpoint
+from trsd.compiled_layers import CompilationFailed
 from trsd.errors import InputError, message_of
 from trsd.evaluation import evaluate
 from trsd.evaluation_table import table
@@ -148,14 +149,7 @@ def train(
     with Watchdog(recipe.timeout_seconds) as watchdog, interruption.deferred():
         for step in range(first, loop.num_steps):
             watchdog.beat()
-            try:
-                values = loop.step(step, interrupted=lambda: interruption.signal is not None)
-            except NonFiniteError as error:
-                try:
-                    checkpointer.wait()  # all ranks stop here, and an earlier checkpoint may still be written
-                except SaveError as lost:
-                    raise error from lost
-                raise
+            values = run_step(loop, step, interruption, checkpointer)
             done, interrupted, measured = step + 1, values["interrupted"], {}
             due = done == loop.num_steps or (recipe.save_steps is not None and done % recipe.save_steps == 0)
             if due and loop.held_out:  # not for a signal's checkpoint, which must be there soon
@@ -184,6 +178,21 @@ def train(
     if loop.guard.num_spikes or loop.guard.num_skipped:
         say(f"{loop.guard.num_spikes} spikes of loss or gradient, {loop.guard.num_skipped} steps left out")
     return newest
+
+
+def run_step(loop: Loop, step: int, interruption: Interruption, checkpointer: Checkpointer) -> dict[str, Any]:
+    """The metrics of one step; where it cannot be taken, an earlier checkpoint that is being written is waited for."""
+    try:
+        return loop.step(step, interrupted=lambda: interruption.signal is not None)
+    except (NonFiniteError, CompilationFailed) as error:
+        try:
+            checkpointer.wait()
+        except SaveError as lost:
+            raise error from lost
+        if interruption.signal is not None and isinstance(error, CompilationFailed):
+            # A terminal's Ctrl-C goes to the compiler that torch had started as well.
+            raise Interrupted(interruption.signal) from error
+        raise
 
 
 def run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) -> Path:
@@ -295,7 +304,7 @@ def _run_guarded(recipe: Recipe, name: str) -> None:
             run(recipe, name, ranks, interruption)
     except (InputError, OSError, ImportError) as error:
         fail(message_of(error))
-    except (NonFiniteError, OutOfMemory) as error:
+    except (NonFiniteError, OutOfMemory, CompilationFailed) as error:
         sys.exit(f"error: {error}")
     except Interrupted as interrupted:
         print(f"ended by {interrupted.name}; --resume_from_checkpoint latest goes on", file=sys.stderr)
