@@ -74,6 +74,15 @@ def without_compiler(scene):
     scene.monkeypatch.setattr("torch._inductor.cpp_builder.cpp_compiler_search", search)
 
 
+def broken_compiler(scene):
+    """A machine whose C++ compiler is there and compiles nothing."""
+
+    def backend(graph, inputs):
+        raise RuntimeError("C++ compile error\n\nmain.cpp:2:10: fatal error: Python.h: No such file or directory\n")
+
+    scene.monkeypatch.setattr("trsd.placement.Placement.compiler", staticmethod(backend))
+
+
 def read_only(scene):
     def mkdir(self, *_, **__):
         raise OSError(errno.EROFS, "Read-only file system", str(self))

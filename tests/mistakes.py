@@ -12,6 +12,7 @@ from mistake import (
     TINY,
     TRACES,
     Mistake,
+    broken_compiler,
     memory_of,
     raising,
     read_only,
@@ -124,6 +125,15 @@ MACHINE = [
         f"train {TINY} --torch_compile True",
         "error: torch_compile: needs a C++ compiler on a CPU, and none was found: install g++, or leave it out",
         prepare=without_compiler,
+    ),
+    Mistake(
+        "layers to compile with a compiler that is broken",
+        f"train {SMALL} --torch_compile True",
+        "error: torch_compile: torch cannot compile these layers here (…): leave it out",
+        code=1,
+        prepare=broken_compiler,
+        leaves="traces",
+        loads_weights=True,
     ),
     Mistake(
         "settings of several GPUs on one",
