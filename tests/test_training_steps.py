@@ -134,6 +134,7 @@ def test_our_memory_is_predicted(shared, tmp_path, name, form):
     assert peak == pytest.approx(step.peak_bytes(), rel=0.1)
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_predicted_to_take_less_memory_and_time():
     pair, gpu = GPU_PAIRS[1], known("H200")
     found = predictions(pair, 0.5, gpu)

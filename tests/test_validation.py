@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from trsd import training
 from trsd.batching import Example, TraceStream
 from trsd.checkpoint_folders import checkpoints
+from trsd.compiled_layers import CompiledLayers
 from trsd.cuts import build_policy
 from trsd.loop import Loop
 from trsd.methods.trsd import TRSD
@@ -159,7 +160,7 @@ def test_gathered_weights_are_given_back(one_rank, tiny_model):
     loop = Loop.__new__(Loop)
     loop.placement = SimpleNamespace(recipe=Recipe(), device="cpu")
     loop.model, loop.student, loop.teacher, loop.method, loop.held_out = tiny_model, student, None, method, (0,)
-    loop.ranks, loop.weights = one_rank, WorkingWeights(tiny_model, None)
+    loop.ranks, loop.weights, loop.layers = one_rank, WorkingWeights(tiny_model, None), CompiledLayers([])
     assert validation_loss(loop) > 0
     assert all(isinstance(parameter, DTensor) for parameter in student.parameters())
 
