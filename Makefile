@@ -2,19 +2,28 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all soak bench bench-page gpu vllm-venv lint format clean
+.PHONY: demo test test-all test-oldest soak bench bench-page gpu vllm-venv lint format clean
 
 demo: .venv/installed
 	$(BIN)/python -m trsd.train
 
 # A process for every core, each with one thread; a file's tests stay together, for they share what they made.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+PYTEST_OPTIONS := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 test: .venv/installed-test
 	$(PYTEST) -m "not slow and not gpu"
 
 test-all: .venv/installed-test
 	$(PYTEST)
+
+# The fast tests with the oldest supported versions, in a venv of its own (6 GB: torch's build for CUDA).
+OLDEST := .venv-oldest/bin/python
+test-oldest:
+	test -x $(OLDEST) || $(PYTHON) -m venv .venv-oldest
+	grep -Ev '^(torch|triton|numpy)==' constraints.txt | cat - constraints-oldest.txt > .venv-oldest/constraints.txt
+	$(OLDEST) -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt -e '.[test]'
+	OMP_NUM_THREADS=1 $(OLDEST) -m pytest $(PYTEST_OPTIONS) -m "not slow and not gpu"
 
 # Runs that are killed (-9) at 200 random moments and resumed must come to what an undisturbed one does, bit for bit.
 # About five minutes; after half an hour it kills no more.

@@ -7,7 +7,9 @@ from torch import nn
 
 from trsd import train
 from trsd.errors import InputError
-from trsd.fp8 import Fp8Linear, scaled, to_fp8
+from trsd.fp8 import Fp8Linear, rows_have_products, scaled, to_fp8
+
+needs_products = pytest.mark.skipif(not rows_have_products(), reason="this torch has no fp8 products on a CPU")
 
 
 def test_rows_come_back_within_the_rounding_of_e4m3():
@@ -22,6 +24,7 @@ def test_rows_come_back_within_the_rounding_of_e4m3():
     assert not back[4].any()
 
 
+@needs_products
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layer_is_off_by_some_percent(bias):
     torch.manual_seed(0)
@@ -31,6 +34,7 @@ def test_a_layer_is_off_by_some_percent(bias):
     assert got.shape == (2, 5, 96) and 0.005 < (got - wanted).norm() / wanted.norm() < 0.06
 
 
+@needs_products
 def test_the_body_changes_and_the_head_does_not(tokenizer):
     model = make_tiny_model(tokenizer, dtype=torch.bfloat16)
     head = model.get_output_embeddings()
@@ -40,11 +44,22 @@ def test_the_body_changes_and_the_head_does_not(tokenizer):
     assert Fp8Linear in kinds and nn.Linear not in kinds
 
 
+@needs_products
 def test_a_model_in_fp32_is_refused(tokenizer):
     with pytest.raises(InputError, match="--bf16 True"):
         to_fp8(make_tiny_model(tokenizer))
 
 
+def test_a_torch_without_products_on_a_cpu_is_refused(tokenizer, monkeypatch):
+    def without(*_, **__):
+        raise RuntimeError("_scaled_mm only supports per-tensor scaling for CPU backend")
+
+    monkeypatch.setattr(torch, "_scaled_mm", without)
+    with pytest.raises(InputError, match="no fp8 products on a CPU: update it"):
+        to_fp8(make_tiny_model(tokenizer, dtype=torch.bfloat16))
+
+
+@needs_products
 def test_training_learns_from_it(run):
     exact = losses(run("exact", teacher="online", bf16=True))
     coarse = losses(run("coarse", teacher="online_fp8", bf16=True))
@@ -53,5 +68,6 @@ def test_training_learns_from_it(run):
         assert got == pytest.approx(wanted, rel=0.2)
 
 
+@needs_products
 def test_training_in_fp32_is_refused(words, capsys):
     assert "--bf16 True" in refusal(capsys, lambda: train.main(words(teacher="online_fp8", bf16=False)))

@@ -3,6 +3,7 @@ import torch
 from attention_cases import ROWS, row, rows
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 
 from trsd_kernels import (
     fill_rate,
@@ -209,6 +210,20 @@ def test_a_layout_of_an_evaluation_serves_training():
     with torch.inference_mode():
         tiles = query_tiles(layout, 16)
     assert not tiles.is_inference()
+
+
+def test_a_compiled_piece_hands_on_any_layout():
+    """Torch 2.11 guards every field of a frozen dataclass, and would compile for each layout; 2.13 does not."""
+    assert not packed_layout([1]).__dataclass_params__.frozen
+    torch.compiler.reset()
+    counters.clear()
+    outside = torch.compiler.disable(lambda tensor, layout: tensor * layout.num_tokens)
+    through = torch.compile(lambda tensor, layout: outside(tensor + 1, layout) + 1, backend="eager", dynamic=True)
+    for name in ("one branch", "sequences", "branches not sorted, cuts shared"):
+        layout = row(name)
+        assert torch.equal(through(torch.ones(3), layout), torch.full((3,), 2.0 * layout.num_tokens + 1))
+    assert counters["frames"]["ok"] == 2, counters["frames"]  # before and behind
+    torch.compiler.reset()
 
 
 def test_what_is_derived_from_a_layout_is_made_once_and_moves_with_the_device():

@@ -230,8 +230,9 @@ def test_the_sdist_holds_what_building_and_testing_need_and_no_junk(unpacked):
     made = {"PKG-INFO", "setup.cfg"}
     folders = [name for name in FOLDERS if (ROOT / name).is_dir()]
     wanted = set().union(*(files_in(ROOT, folder) for folder in folders))
-    files = {"setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "LICENSE", "CITATION.cff"}
-    wanted |= files | {"README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
+    files = {"setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "LICENSE", "CITATION.cff"}
+    files |= {"constraints.txt", "constraints-oldest.txt", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
+    wanted |= files
     inside = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
     assert {name for name in inside if not name.startswith(("trsd.egg-info/", "build/"))} - made == wanted
 
@@ -267,6 +268,14 @@ def test_what_the_tests_need_is_in_the_tested_set(metadata):
         if each.endswith('extra == "test"')
     ]
     assert {"trl", "lightning", "datasets", "tensorboard", "build"} <= set(of_extra) <= tested
+
+
+def test_the_oldest_versions_are_the_lower_bounds(metadata):
+    """``make test-oldest`` runs what setup.py promises of torch, with the Triton that this torch pins."""
+    oldest = dict(line.split("==") for line in text_of("constraints-oldest.txt").splitlines() if line[:1] != "#")
+    tested = dict(line.split("==") for line in text_of("constraints.txt").splitlines() if line[:1] != "#")
+    assert f"torch>={oldest['torch'].removesuffix('.0')}" in metadata.get_all("Requires-Dist")
+    assert set(oldest) == {"torch", "triton", "numpy"} and all(oldest[name] != tested[name] for name in oldest)
 
 
 def test_what_the_demo_needs_is_nothing_that_only_tests_do(metadata):

@@ -41,14 +41,26 @@ class Fp8Linear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
+def rows_have_products() -> bool:
+    """Whether torch multiplies in 8 bits with a scale for each row on a CPU, as it does on GPUs that can: from 2.13."""
+    rows, scale = scaled(torch.ones(MULTIPLE, MULTIPLE))
+    try:
+        torch._scaled_mm(rows, rows.T, scale_a=scale, scale_b=scale.T, out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
 def to_fp8(model: PreTrainedModel) -> int:
     """Turn the linear layers of the body of a bf16 ``model`` into 8 bits, in place; returns how many.
 
     Raises:
-        InputError: the GPU has no such products, or the model is not in bf16.
+        InputError: the GPU, or torch on a CPU, has no such products, or the model is not in bf16.
     """
     if model.device.type == "cuda" and torch.cuda.get_device_capability(model.device) < (9, 0):
         raise InputError(f"teacher: {torch.cuda.get_device_name(model.device)} has no fp8 products: use teacher online")
+    if model.device.type == "cpu" and not rows_have_products():
+        raise InputError(f"teacher: torch {torch.__version__} has no fp8 products on a CPU: update it, or use online")
     if model.dtype != torch.bfloat16:
         raise InputError("teacher: online_fp8 takes a teacher that is read in bf16: add --bf16 True, or use online")
     changed = 0

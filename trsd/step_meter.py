@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from trsd.live_bytes import LiveBytes
+from trsd.quiet import quiet_imports
+
+with quiet_imports():
+    from torch.utils.flop_counter import flop_registry
 
 TEACHER, PRODUCTS, ATTENTION, LOSS, ELEMENTWISE, OPTIMIZER = FAMILIES = (
     "teacher",

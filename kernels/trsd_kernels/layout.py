@@ -62,12 +62,14 @@ def fill_rate(lengths: Sequence[int], num_rows: int, max_tokens: int) -> float:
     return sum(lengths) / (num_rows * max_tokens) if num_rows else 1.0
 
 
-@dataclass(frozen=True, eq=False)
+# Not frozen: of what is, torch.compile before 2.13 guards every field, and compiles anew for each layout.
+@dataclass(eq=False)
 class PackedLayout:
     """One packed row of tokens: where each segment lies and what it continues. Made by ``packed_layout``.
 
     The first four fields are int64 [num_segments] on the host, in the order of the row; the others are made for the
-    device. What attention back ends derive from a layout is kept with it, so use one layout in all layers of a model.
+    device. What attention back ends derive from a layout is kept with it, so use one layout in all layers of a model,
+    and change none of its fields.
     """
 
     starts: Tensor

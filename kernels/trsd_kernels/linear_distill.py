@@ -192,7 +192,7 @@ def _distill(
     if execution.chosen_plan(student[1].shape[0], weights) == "tokens":
         loss, stacked, *_ = linear_distill_tokens(*arguments)
         terms = TokenTerms(*stacked.unbind())
-        return reduced_output(terms, weights, num_items, options, execution.reduction)._replace(loss=loss)
+        return reduced_output(terms, weights, num_items, options, execution.reduction, loss)
     cross_entropy, divergence, others, _ = linear_distill_vocab(*arguments)
     terms = TokenTerms(cross_entropy, divergence, *others.unbind())
     return reduced_output(terms, weights, num_items, options, execution.reduction)

@@ -71,9 +71,8 @@ class DistillOptions:
     def encode(self) -> str:
         """These options as one string, the only form in which a dispatcher op and torch.compile carry them whole."""
         # hex() is exact, and makes a compiled graph take a float it holds symbolically for the number it is.
-        return ";".join(
-            [f"{name}={value.hex() if isinstance(value, float) else value}" for name, value in self.__dict__.items()]
-        )
+        values = [(name, getattr(self, name)) for name in NAMES]
+        return ";".join([f"{name}={value.hex() if isinstance(value, float) else value}" for name, value in values])
 
     @staticmethod
     @lru_cache(maxsize=64)
@@ -119,6 +118,9 @@ class DistillOptions:
         if self.kind == "jsd":
             return self.beta
         return self.skew if self.kind == "skew_kl" else 1.0 - self.skew
+
+
+NAMES = tuple(field.name for field in fields(DistillOptions))
 
 
 class SoftmaxOptions(DistillOptions):

@@ -72,11 +72,17 @@ def weighted(values: Tensor, weights: Tensor, reduction: str) -> Tensor:
 
 
 def reduced_output(
-    terms: TokenTerms, weights: Tensor, num_items: Tensor, options: DistillOptions, reduction: str
+    terms: TokenTerms,
+    weights: Tensor,
+    num_items: Tensor,
+    options: DistillOptions,
+    reduction: str,
+    loss: Tensor | None = None,
 ) -> LinearDistillationOutput:
-    """The output for terms whose cross-entropy and divergence carry gradients."""
+    """The output for a ``loss`` that carries gradients; left out, for terms whose two parts of it do."""
     cross_entropy = weighted(terms.cross_entropy, weights, reduction)
     divergence = weighted(terms.divergence, weights, reduction)
-    loss = (1.0 - options.alpha) * cross_entropy + options.divergence_scale * divergence
+    if loss is None:
+        loss = (1.0 - options.alpha) * cross_entropy + options.divergence_scale * divergence
     per_token = TokenTerms(*(term.detach() for term in terms))
     return LinearDistillationOutput(loss, cross_entropy.detach(), divergence.detach(), num_items, per_token)

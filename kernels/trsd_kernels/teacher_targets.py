@@ -340,4 +340,4 @@ def _distill_from(
         *(tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in student),
     )
     terms = TokenTerms(*stacked.unbind())
-    return reduced_output(terms, weights, num_items, options, reduction)._replace(loss=loss)
+    return reduced_output(terms, weights, num_items, options, reduction, loss)

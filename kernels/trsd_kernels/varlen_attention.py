@@ -85,7 +85,7 @@ def varlen_attention(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast all in its dtype, as torch's own attention takes them; fp64 never."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
         return tensors
     if any(x.dtype == torch.float64 for x in tensors):
         return tensors
