@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import thinned
 import torch
 import torch.distributed as dist
 from hypothesis import settings
@@ -25,6 +26,13 @@ settings.register_profile("noisy_machine", deadline=None)
 settings.load_profile("noisy_machine")
 
 REASONER = Path(__file__).parent.parent / "trsd" / "demo" / "reasoner"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    if os.environ.get("TRITON_INTERPRET") == "1":  # which takes milliseconds for a program of a kernel
+        for item in thinned.left_out(item for item in items if not item.get_closest_marker("gpu")):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_addoption(parser):
@@ -145,12 +153,21 @@ def words(tiny_folder, trace_file, tmp_path):
 
 
 @pytest.fixture
-def run(words, tmp_path):
+def whole_report():
+    """For tests of a run's report: ``run`` draws its pictures and counts its memory by part."""
+
+
+@pytest.fixture
+def run(words, tmp_path, monkeypatch, request):
     """Run the trainer with ``words``; returns the run's folder."""
 
     def run(name="run", **flags):
-        from trsd import train  # not at the top: the GPU tests run where its command line's parser is not installed
+        import bare_reports  # not at the top: the GPU tests run where its command line's parser is not installed
 
+        from trsd import train
+
+        if "whole_report" not in request.fixturenames:
+            bare_reports.leave_out(monkeypatch.setattr)
         train.main(words(name, **flags))
         return tmp_path / name
 

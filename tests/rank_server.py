@@ -16,6 +16,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import bare_reports
 import torch.distributed.checkpoint as dcp
 from forked import run_and_exit
 
@@ -137,6 +138,7 @@ def accident(kind):
 
 def rank_main(rank, request, port):
     """The life of one rank."""
+    bare_reports.leave_out()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores both
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if request["num_ranks"] > 1:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import bare_reports
 import torch
 from conftest import losses, make_tiny_model, make_traces
 from forked import run_and_exit
@@ -89,6 +90,7 @@ def prepare(folder: Path) -> None:
 
 def run_training(folder: Path, output_dir: Path, **flags: object) -> None:
     """The trainer's command, resuming where there is something to resume."""
+    bare_reports.leave_out()
     sizes = dict(train_batch_size=4, max_tokens_per_batch=512, max_length=512, max_steps=NUM_STEPS)
     made = dict(model_name_or_path=folder / "tiny", data=folder / "traces.jsonl", output_dir=output_dir)
     flags = made | sizes | flags

@@ -295,6 +295,7 @@ def test_a_run_trains_the_layers_it_names_and_resumes(run, tmp_path, tiny_folder
     )
 
 
+@pytest.mark.slow
 def test_an_adapters_files_are_the_same_whatever_the_hash_seed(tmp_path):
     """peft keeps target_modules in a set, whose order changes from process to process."""
     code = (

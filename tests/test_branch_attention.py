@@ -15,6 +15,7 @@ from trsd_kernels.attention_tiles import Tiling
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
+SLOW = pytest.mark.slow  # in the interpreter
 # Tiles of 16 make every row a case of many tiles; the shipped ones are for a GPU.
 SMALL = (Tiling(32, 16, 4, 1), Tiling(16, 32, 4, 1), Tiling(16, 32, 4, 1))
 
@@ -45,7 +46,7 @@ def test_equals_the_explicit_mask_in_float64_with_gradients(name, device):
     check(layout, draw_tensors(layout, dtype=torch.float32), 1e-5, softmax_scale=0.25)
 
 
-@settings(max_examples=10, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5 if INTERPRETED else 50, suppress_health_check=list(HealthCheck))
 @given(rows(longest=40))
 def test_any_row_equals_the_explicit_mask(device, case):
     layout = packed_layout(*case, device=device)
@@ -57,8 +58,10 @@ def test_any_row_equals_the_explicit_mask(device, case):
     )
 
 
-@pytest.mark.parametrize("window", [2, 5, 40])
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize(
+    "window,softcap",
+    [(5, 2.0), *(pytest.param(*each, marks=SLOW) for each in [(2, 0.0), (2, 2.0), (5, 0.0), (40, 0.0), (40, 2.0)])],
+)
 def test_sliding_windows_and_soft_caps(window, softcap, device):
     layout = row("branches not sorted, cuts shared", device)
     check(layout, draw_tensors(layout, dtype=torch.float32), 1e-5, softmax_scale=0.7, window=window, softcap=softcap)
@@ -66,7 +69,12 @@ def test_sliding_windows_and_soft_caps(window, softcap, device):
 
 
 @pytest.mark.parametrize(
-    "head_dim,num_heads,num_kv_heads", [(8, 6, 2), (24, 1, 1), (24, 6, 2), (64, 6, 2), (96, 2, 1), (128, 6, 2)]
+    "head_dim,num_heads,num_kv_heads",
+    [
+        (24, 6, 2),
+        (96, 2, 1),
+        *(pytest.param(*each, marks=SLOW) for each in [(8, 6, 2), (24, 1, 1), (64, 6, 2), (128, 6, 2)]),
+    ],
 )
 def test_head_dims_and_groups(head_dim, num_heads, num_kv_heads, device):
     layout = row("cuts at both ends", device)
@@ -164,7 +172,7 @@ def test_the_op_passes_torchs_own_checks(device):
     torch.library.opcheck(branch_attention_op, (*inputs, *arguments), test_utils=("test_schema", "test_faketensor"))
 
 
-def test_compiled_whole_with_new_layouts_without_graph_breaks(device):
+def test_compiled_whole_with_new_layouts_without_graph_breaks(device, monkeypatch):
     torch.compiler.reset()
     graphs = []
 
@@ -176,8 +184,9 @@ def test_compiled_whole_with_new_layouts_without_graph_breaks(device):
         graphs.append(graph)
         return graph
 
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
     compiled = torch.compile(through, fullgraph=True, backend=counting if INTERPRETED else "inductor", dynamic=True)
-    for n in range(11):  # more than dynamo's limit of recompilations
+    for n in range(6):  # more than that limit
         layout = packed_layout([12, 5 + n], [[(3, n + 1)] * (n % 3 + 1), []], device=device)
         tensors = draw_tensors(layout, dtype=torch.float32)
         inputs = [x.clone().requires_grad_() for x in tensors[:3]]
@@ -240,7 +249,7 @@ def separate_gradients(model, layout, ids, upstream):
     return total
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=SLOW) for n in range(2, 6))])
 def test_every_gradient_of_a_small_qwen3_equals_the_separate_sequences(seed, device, tokenizer, monkeypatch):
     rng = random.Random(seed)
     layout = packed_layout(*random_traces(rng), device=device)

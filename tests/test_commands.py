@@ -150,9 +150,13 @@ def imported_by(*words):
     return imported
 
 
-def test_packages_beside_transformers_say_nothing_at_the_start_of_a_command():
+def test_packages_beside_transformers_say_nothing_at_the_start_of_a_command(tmp_path):
     """torchao, where it is installed, warns of libraries that were built for another Python or another GPU."""
-    assert python("-m", "trsd.plan", "--model", "bundled:reasoner", "--max_length", "64").stderr == ""
+    (tmp_path / "questions.jsonl").write_text('{"question": "And 2 and 2?", "answer": "4"}\n')
+    model = "--model", "bundled:student", "--max_thinking_tokens", "2", "--max_answer_tokens", "2", "--budgets", "0"
+    paths = "--data", str(tmp_path / "questions.jsonl"), "--output_dir", str(tmp_path / "out")
+    said = python("-m", "trsd.evaluate", *model, *paths)
+    assert (said.returncode, said.stderr) == (0, "")
 
 
 def test_what_packages_log_after_they_were_imported_is_not_hidden():

@@ -10,6 +10,8 @@ from ahead_of_time import SHARED_MEMORY_LIMIT, SMALL_SHARED_MEMORY_LIMIT, compil
 from trsd_kernels import DistillOptions, attention_kernels, distill_rows, triton_rows  # noqa: E402
 from trsd_kernels.branch_attention import padded_head_dim, tilings  # noqa: E402
 
+SLOW = pytest.mark.slow
+HOPPER_FIRST = [pytest.param(each, marks=[SLOW] * (each != 90)) for each in SHARED_MEMORY_LIMIT]
 MAX_REGISTERS = 128  # two programs of 8 warps fill a multiprocessor's 65,536
 ARGUMENTS = dict(
     student_bias_ptr=torch.bfloat16,
@@ -57,7 +59,7 @@ def test_every_kernel_of_the_package_is_compiled_here():
     assert written == {kernel.fn.__name__ for kernel in [*KERNELS.values(), *ATTENTION]}
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY_LIMIT)
+@pytest.mark.parametrize("capability", HOPPER_FIRST)
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("logits,out", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])
 def test_kernels_compile_without_spills(name, capability, logits, out):
@@ -103,7 +105,6 @@ def attention_argument(name, dtype):
     return "fp32" if name in ("scale", "softcap") else "i32"
 
 
-SLOW = pytest.mark.slow
 HEAD_DIMS = {
     torch.bfloat16: [64, 96, 128, 256],
     torch.float16: [pytest.param(n, marks=SLOW) for n in (64, 128, 256)],
@@ -115,7 +116,7 @@ ALL_LIMITS = SHARED_MEMORY_LIMIT | SMALL_SHARED_MEMORY_LIMIT
 
 
 @pytest.mark.parametrize(
-    "capability", [*SHARED_MEMORY_LIMIT, *(pytest.param(each, marks=SLOW) for each in SMALL_SHARED_MEMORY_LIMIT)]
+    "capability", [*HOPPER_FIRST, *(pytest.param(each, marks=SLOW) for each in SMALL_SHARED_MEMORY_LIMIT)]
 )
 @pytest.mark.parametrize("extras", [(), pytest.param(("HAS_SOFTCAP", "HAS_WINDOW"), marks=SLOW)])
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ VLLM_SERVE |= {"--generation-config", "--reasoning-parser", "--reasoning-config"
 # Flags of other programs that prose names: SLURM's, vLLM's, llama.cpp's.
 OTHERS_FLAGS = {"--signal", "--generation-config", "--reasoning-budget"}
 # Longer than two seconds or so even in small; they are parsed in the fast tests.
-SLOW = ("bench.error_table", "trsd.sweep", "trsd.demo.make_reasoner")
+SLOW = ("bench.error_table", "bench.predict", "trsd.sweep", "trsd.demo.make_reasoner")
 OPTIONAL = {"trl", "lightning", "datasets", "peft", "openai", "vllm", "wandb", "trackio", "tensorboard", "accelerate"}
 OPTIONAL |= {"liger_kernel", "math_verify", "bitsandbytes", "torchao", "pyarrow", "httpx", "kernels", "llama_cpp"}
 

@@ -74,13 +74,13 @@ def soak(*words):
 
 
 def test_fault_01_killed_within_a_save_the_newest_checkpoint_verifies():
-    said = soak("saves", "--rounds", "30")
-    assert said.startswith("30 kills") and int(said.split(", ")[1].split()[0]) > 10, said
+    said = soak("saves", "--rounds", "15")
+    assert said.startswith("15 kills") and int(said.split(", ")[1].split()[0]) > 4, said
 
 
 def test_fault_01_and_06_runs_killed_at_random_come_to_the_same_losses_and_weights():
-    said = soak("training", "--rounds", "10")
-    assert said.startswith("10 kills") and int(said.split(", ")[1].split()[0]) > 1, said
+    said = soak("training", "--rounds", "6")
+    assert said.startswith("6 kills") and int(said.split(", ")[1].split()[0]) > 0, said
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state/optimizer.safetensors", "state/trainer.json"])

@@ -30,6 +30,7 @@ def test_one_process_learns(capsys):
     assert len(found) == 8 and found[-1] < 0.7 * found[0]
 
 
+@pytest.mark.slow
 def test_compiled_as_one_graph_and_over_two_ranks_it_has_the_same_losses(capsys):
     plain_loop.main(["--steps", "3"])
     expected = losses(capsys.readouterr().out)

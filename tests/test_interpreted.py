@@ -1,4 +1,7 @@
-"""The Triton kernels' numerics without a GPU: their tests run again in the interpreter, in a process of its own."""
+"""The Triton kernels' numerics without a GPU: their tests run again in the interpreter, in a process of its own.
+
+The fast tests run a third of the cases (``thinned.py``), the slow ones the others.
+"""
 
 import importlib.util
 import os
@@ -12,20 +15,22 @@ HERE = Path(__file__).parent
 PEERS_IN_TRITON = {"liger_kernel": "liger-kernel", "fla": "fla-core", "cut_cross_entropy": "cut-cross-entropy"}
 
 
-def run_in_the_interpreter(name):
+def run_in_the_interpreter(name, which="not slow"):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-x", "-m", "not gpu", "-p", "no:cacheprovider", str(HERE / name)]
+    marked = f"not gpu and {which}"
+    command = [sys.executable, "-m", "pytest", "-x", "-m", marked, "-p", "no:cacheprovider", str(HERE / name)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
     result = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, env=environment)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
 
 
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", ["test_linear_distill.py", "test_logits_distill.py", "test_teacher_targets.py", "test_branch_attention.py"]
 )
-def test_triton_kernels_in_the_interpreter(name):
-    run_in_the_interpreter(name)
+def test_triton_kernels_in_the_interpreter(name, which):
+    run_in_the_interpreter(name, which)
 
 
 def test_peers_in_the_interpreter():

@@ -85,7 +85,7 @@ def test_memory_is_shown_by_part_largest_first(unconstrained, tmp_path):
     assert "3.50 GiB were measured of the whole process" in text
 
 
-def test_parts_of_a_run_are_those_of_its_plan(run, capsys):
+def test_parts_of_a_run_are_those_of_its_plan(run, whole_report, capsys):
     folder = run(max_steps=1)
     parts = json.loads((folder / "totals.json").read_text())["memory_parts_gib"]
     tiny = sum(file.stat().st_size for file in folder.glob("checkpoint-1/*.safetensors"))
@@ -94,7 +94,7 @@ def test_parts_of_a_run_are_those_of_its_plan(run, capsys):
     assert "Memory by part" in (folder / "report.html").read_text()
 
 
-def test_parts_that_cannot_be_counted_cost_no_finished_run(run, monkeypatch, capsys):
+def test_parts_that_cannot_be_counted_cost_no_finished_run(run, whole_report, monkeypatch, capsys):
     def fail(*_, **__):
         raise KeyError("odd")
 

@@ -1,12 +1,15 @@
 """The sweep: which points it has, what it says of them, and that it goes on where it stopped."""
 
+import contextlib
 import json
 import shutil
+import subprocess
 
+import bare_reports
 import pytest
 from conftest import make_tiny_model, make_traces
 
-from trsd import sweep, sweeping
+from trsd import sweep, sweeping, train
 from trsd.recipe import Recipe
 from trsd.recipe_file import parse_recipe
 from trsd.sweep_report import knee, loss_gap, markdown, summarise
@@ -127,10 +130,27 @@ def test_a_sweep_trains_evaluates_reports_and_resumes(words, tmp_path, capsys, m
     assert "sweep was made with other learning_rate" in capsys.readouterr().err
 
 
+@pytest.fixture
+def without_processes(monkeypatch):
+    """Trainings run in this process, and without a report: a process of its own takes seconds to begin."""
+
+    def run(command, *, stdout, stderr):
+        assert command[1:3] == ["-m", "trsd.train"] and stderr == subprocess.STDOUT
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
+            try:
+                train.main(command[3:])
+            except SystemExit as exit_:
+                return subprocess.CompletedProcess(command, exit_.code)
+        return subprocess.CompletedProcess(command, 0)
+
+    bare_reports.leave_out(monkeypatch.setattr)
+    monkeypatch.setattr(sweeping.subprocess, "run", run)
+
+
 @pytest.mark.parametrize(
     "name,value", [("data", "/nowhere.jsonl"), ("eval_data", "x.jsonl"), ("max_train_samples", "1")]
 )
-def test_a_sweep_never_passes_old_results_off_for_other_data(words, tmp_path, capsys, name, value):
+def test_a_sweep_never_passes_old_results_off_for_other_data(words, tmp_path, capsys, without_processes, name, value):
     (tmp_path / "x.jsonl").write_text('{"question": "And 2 and 2?", "answer": "4"}\n')
     value = str(tmp_path / value) if name == "eval_data" else value
     sweep.main([*words, "--fractions", "1.0"])
@@ -145,7 +165,7 @@ def test_a_model_or_data_of_ones_own_does_not_inherit_the_demos_limits(capsys, t
     assert "bundled" not in capsys.readouterr().out
 
 
-def test_a_fraction_that_leaves_nothing_to_learn_is_left_out_and_said(words, tmp_path, capsys):
+def test_a_fraction_that_leaves_nothing_to_learn_is_left_out_and_said(words, tmp_path, capsys, without_processes):
     sweep.main([*words, "--fractions", "0.1,1.0", "--loss_sections", "a"])
     assert "left-0.1    left out: the cut leaves nothing to learn" in capsys.readouterr().out
     assert [p["fraction"] for p in json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]] == [1.0]
