@@ -7,6 +7,7 @@ line is on disk as soon as it is measured. The last thing printed is what it all
 """
 
 import argparse
+import importlib.util
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ SECONDS = 530.0
 # Of a stage's time, left to what is running when no new line may begin.
 LAST_LINE = 0.25
 GRACE = 15.0
+MOST_PROCESSES = 12  # on one GPU, where each takes half a gigabyte for its context
 # Steps of many sizes follow each other on a nearly full GPU: freed memory must fit whatever comes next.
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
@@ -49,6 +51,16 @@ def gpu_tests() -> tuple[str, ...]:
     )
 
 
+def in_parallel() -> tuple[str, ...]:
+    """What spreads tests over processes, where pytest-xdist is installed.
+
+    Hundreds of kernels are compiled for the GPU tests, one for each choice of options, dtype and tile.
+    """
+    if importlib.util.find_spec("xdist") is None:
+        return ()
+    return "-n", str(min(MOST_PROCESSES, os.cpu_count() or 1)), "--dist", "worksteal"
+
+
 REST = ("decoding", "teacher_caches", "checkpoints", "overheads")
 BENCHMARK = ("--benchmark-only", "--benchmark-quiet")
 
@@ -56,7 +68,7 @@ BENCHMARK = ("--benchmark-only", "--benchmark-quiet")
 def stages() -> tuple[Stage, ...]:
     """In order of importance; their seconds are shares where the limit is another than ``SECONDS``."""
     return (
-        Stage("GPU tests", 150, ("-m", "gpu", *gpu_tests())),
+        Stage("GPU tests", 150, ("-m", "gpu", *in_parallel(), *gpu_tests())),
         Stage("ceilings", 15, (suite("ceilings"), *BENCHMARK)),
         Stage("whole training steps", 195, (suite("training"), *BENCHMARK)),
         Stage("the loss", 80, (suite("linear_distill"), *BENCHMARK)),

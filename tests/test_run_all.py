@@ -22,6 +22,15 @@ def test_every_suite_and_every_gpu_test_is_in_one_stage():
     assert sum(stage.seconds for stage in run_all.stages()) <= run_all.SECONDS < 540
 
 
+def test_gpu_tests_compile_in_as_many_processes_as_there_may_be(monkeypatch):
+    monkeypatch.setattr(run_all.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(run_all.importlib.util, "find_spec", lambda name: name)
+    assert run_all.in_parallel() == ("-n", str(run_all.MOST_PROCESSES), "--dist", "worksteal")
+    assert set(run_all.in_parallel()) <= set(run_all.stages()[0].arguments)
+    monkeypatch.setattr(run_all.importlib.util, "find_spec", lambda name: None)
+    assert run_all.in_parallel() == () and "-n" not in run_all.stages()[0].arguments
+
+
 def test_what_runs_too_long_is_interrupted_and_then_killed(monkeypatch):
     monkeypatch.setattr(run_all, "GRACE", 0.5)
     stubborn = (
