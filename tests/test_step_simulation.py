@@ -21,7 +21,7 @@ from trsd.planning import planned_method, planned_traces
 from trsd.recipe import Recipe, with_method_defaults
 from trsd.step_meter import OPTIMIZER
 from trsd.step_meter import TEACHER as READING
-from trsd.step_simulation import COPIES, STATE, TEACHER_WEIGHTS, WEIGHTS, MetaPlacement, simulate_step
+from trsd.step_simulation import COPIES, STATE, TEACHER_WEIGHTS, WEIGHTS, MetaPlacement, _Simulation, simulate_step
 from trsd.teachers import OnlineTeacher
 
 CPU = Ceilings(name="CPU", products=1e11, copies=1e10, memory=None)
@@ -130,6 +130,28 @@ def test_peak_and_operations_are_those_of_the_step(changes):
     assert 0 < sum(cost.flops.values()) / CPU.products < sum(cost.seconds.values())
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(method="sft"),
+        dict(method="lsp", bf16=True, gradient_checkpointing=True),
+        dict(method="lsp", teacher="hidden_cache", bf16=True, lora_rank=4),
+    ],
+)
+def test_of_rows_of_one_shape_one_is_run_and_its_cost_is_that_of_all(monkeypatch, changes):
+    backwards, true = [], Loop._backward
+    monkeypatch.setattr(Loop, "_backward", lambda *a, **k: backwards.append(0) or true(*a, **k))
+    recipe = make_recipe(train_batch_size=8, max_tokens_per_batch=256, max_length=256, **changes)
+    one = simulated(recipe, target="cuda", ceilings=GPU)
+    assert len(backwards) == 1 and one.num_rows > 1
+    monkeypatch.setattr(_Simulation, "_shape", lambda self, batch: object())
+    two = simulated(recipe, target="cuda", ceilings=GPU)
+    assert len(backwards) == 3
+    assert one.peak_bytes == two.peak_bytes and one.held == two.held and one.flops == pytest.approx(two.flops)
+    # The first row alone adds its gradients to none; of many rows, that is nearly none of them.
+    assert sum(two.seconds.values()) <= sum(one.seconds.values()) <= 1.1 * sum(two.seconds.values())
+
+
 def test_weights_gradients_and_state_are_counted_by_their_parts():
     recipe = make_recipe(max_tokens_per_batch=256, max_length=256)
     held = simulated(recipe).held
@@ -217,3 +239,4 @@ def test_a_torch_that_shows_nothing_of_what_it_compiles_is_said(monkeypatch):
     torch.compiler.reset()
     with pytest.raises(InputError, match="torch_compile: torch .* does not show what it compiles"):
         simulated(make_recipe(method="sft", torch_compile=True))
+    torch.compiler.reset()  # which remembers what it was not allowed to compile

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from trsd.adapters import adapter_options, add_adapter
-from trsd.batching import pack_examples
+from trsd.batching import PackedBatch, pack_examples
 from trsd.ceilings import Ceilings
 from trsd.errors import InputError
 from trsd.fp8 import to_fp8
@@ -164,8 +164,10 @@ class _Simulation:
             STATE: states,
             TEACHER_WEIGHTS: self.teacher_bytes,
         }
-        # A row runs beside the gradients of those before it, so of two the largest runs last.
-        rows = batches[:2][::-1]
+        rows = batches[:2][::-1]  # a row runs beside the gradients of those before it, so of two the largest runs last
+        if len(rows) == 2 and self._shape(rows[0]) == self._shape(rows[1]):
+            rows = rows[1:]
+            self._leave_gradients()
         step_rows = StepRows(rows, num_items, num_thinking, tokens)
         with self.meter:
             for batch in rows:
@@ -195,6 +197,22 @@ class _Simulation:
         self.loop.optimizer.step()
         self.loop.optimizer.zero_grad()
         return state_bytes(self.loop.optimizer)
+
+    def _leave_gradients(self) -> None:
+        """What a row before would have left, without its time: one like it counts for both."""
+        for parameter in self.trained:
+            parameter.grad = torch.empty_like(parameter)
+        self.meter.hold_results(parameter.grad for parameter in self.trained)
+
+    def _shape(self, batch: PackedBatch) -> tuple[Any, ...]:
+        """What a row's cost hangs on, its targets' included."""
+        layout, asked = batch.layout, dict.fromkeys(batch.trace_indices)
+        traces = [] if self.teacher is None else [self.teacher.examples[index] for index in asked]
+        return (
+            *(part.tolist() for part in (layout.starts, layout.lengths, layout.trunks, layout.cuts)),
+            *(len(labels) for labels in (batch.labels, batch.thinking_labels, batch.trace_indices)),
+            *((example.num_tokens, len(example.labels)) for example in traces),
+        )
 
     def _optimizer_step(self) -> None:
         """On a CPU with torch's temporaries; on a GPU one kernel, which reads and writes everything once."""
