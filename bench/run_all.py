@@ -27,6 +27,7 @@ SECONDS = 530.0
 LAST_LINE = 0.25
 GRACE = 15.0
 MOST_PROCESSES = 12  # on one GPU, where each takes half a gigabyte for its context
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # for each of several processes
 # Steps of many sizes follow each other on a nearly full GPU: freed memory must fit whatever comes next.
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
@@ -103,6 +104,8 @@ def run_stages(chosen: Sequence[Stage], limit: float) -> dict[str, int]:
         print(f"\n=== {stage.name}, at most {allowed:.0f} s", flush=True)
         environment = {**ALLOCATOR, **os.environ, "PYTHONPATH": path}
         environment["TRSD_BENCH_SECONDS"] = f"{(1 - LAST_LINE) * allowed:.0f}"
+        if "-n" in stage.arguments:
+            environment |= ONE_THREAD
         begun = time.monotonic()
         found[stage.name] = run([sys.executable, "-m", "pytest", *stage.arguments], allowed, environment)
         left_over = max(0.0, allowed - (time.monotonic() - begun))

@@ -4,12 +4,15 @@ The fast tests run a third of the cases (``thinned.py``), the slow ones the othe
 """
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import thinned
 
 HERE = Path(__file__).parent
 PEERS_IN_TRITON = {"liger_kernel": "liger-kernel", "fla": "fla-core", "cut_cross_entropy": "cut-cross-entropy"}
@@ -31,6 +34,23 @@ def run_in_the_interpreter(name, which="not slow"):
 )
 def test_triton_kernels_in_the_interpreter(name, which):
     run_in_the_interpreter(name, which)
+
+
+def test_every_value_of_every_parameter_is_in_the_third_of_the_cases_that_is_kept():
+    class Item:
+        def __init__(self, test, **params):
+            self.nodeid, self.callspec = f"f.py::{test}[{params}]", SimpleNamespace(params=params)
+
+    many = [Item("many", a=a, b=b, c=c) for a, b, c in itertools.product("123", "45", "6789")]
+    each = [Item("each", seed=seed) for seed in range(5)]
+    alone = Item("alone")
+    del alone.callspec
+    gone = list(thinned.left_out([*many, *each, alone]))
+    kept = [item for item in many if item not in gone]
+    assert len(kept) == 8 and not {*each, alone} & {*gone}
+    for name, values in (("a", "123"), ("b", "45"), ("c", "6789")):
+        assert {item.callspec.params[name] for item in kept} == {*values}
+    assert gone == list(thinned.left_out([*many, *each, alone]))
 
 
 def test_peers_in_the_interpreter():

@@ -66,6 +66,12 @@ def test_time_that_is_left_goes_to_the_next_stages(calls):
     assert str(ROOT / "kernels") in calls[0][2]["PYTHONPATH"]
 
 
+def test_processes_side_by_side_have_a_thread_each(calls, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    run_all.run_stages([Stage("tests", 20, ("-n", "4", "a")), Stage("suite", 30, ("b",))], 100.0)
+    assert [environment["OMP_NUM_THREADS"] for *_, environment in calls] == ["1", "8"]
+
+
 def test_a_stage_without_time_is_left_out_and_said(calls, capsys):
     chosen = [Stage("one", 9, ("a",)), Stage("two", 3, ("b",))]
     found = run_all.run_stages(chosen, 12.0)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # transformers and peft import these where they are installed. At every start they name the libraries of theirs that
-# were built for another Python, another GPU, or are kept on a hub; torch before 2.13 says that there is no Triton.
+# were built for another Python, another GPU, or are kept on a hub; torch 2.11 says that there is no Triton.
 TALKATIVE = ("torchao", "torch.utils._pytree", "torch.utils.flop_counter", "bitsandbytes")
 
 

@@ -62,7 +62,7 @@ def fill_rate(lengths: Sequence[int], num_rows: int, max_tokens: int) -> float:
     return sum(lengths) / (num_rows * max_tokens) if num_rows else 1.0
 
 
-# Not frozen: of what is, torch.compile before 2.13 guards every field, and compiles anew for each layout.
+# Not frozen: of what is, torch.compile guards every field in torch 2.11, and compiles anew for each layout.
 @dataclass(eq=False)
 class PackedLayout:
     """One packed row of tokens: where each segment lies and what it continues. Made by ``packed_layout``.
