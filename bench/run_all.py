@@ -26,7 +26,7 @@ SECONDS = 530.0
 # Of a stage's time, left to what is running when no new line may begin.
 LAST_LINE = 0.25
 GRACE = 15.0
-MOST_PROCESSES = 12  # on one GPU, where each takes half a gigabyte for its context
+MOST_PROCESSES = 12  # on one GPU, where each has a context and memory of its own
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # for each of several processes
 # Steps of many sizes follow each other on a nearly full GPU: freed memory must fit whatever comes next.
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}

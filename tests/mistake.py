@@ -56,6 +56,11 @@ def raising(target, error):
     return prepare
 
 
+def without_fp8_products(scene):
+    """A torch, such as 2.11, that multiplies in 8 bits on a CPU with one scale alone."""
+    raising("torch._scaled_mm", RuntimeError("Now _scaled_mm only supports per-tensor scaling for CPU backend."))(scene)
+
+
 def memory_of(cpu, *, cuda=None):
     """A machine of so many bytes."""
 

@@ -18,6 +18,7 @@ from mistake import (
     read_only,
     without,
     without_compiler,
+    without_fp8_products,
 )
 from mistakes_in_input import DATA, MODELS, SETTINGS
 
@@ -132,6 +133,14 @@ MACHINE = [
         "error: torch_compile: torch cannot compile these layers here (…): leave it out",
         code=1,
         prepare=broken_compiler,
+        leaves="traces",
+        loads_weights=True,
+    ),
+    Mistake(
+        "a teacher in 8 bits with a torch that has no such products",
+        f"train {SMALL} --teacher online_fp8 --bf16 True",
+        "error: teacher: torch … has no fp8 products on a CPU: update it, or use online",
+        prepare=without_fp8_products,
         leaves="traces",
         loads_weights=True,
     ),

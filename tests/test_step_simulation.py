@@ -152,6 +152,20 @@ def test_of_rows_of_one_shape_one_is_run_and_its_cost_is_that_of_all(monkeypatch
     assert sum(two.seconds.values()) <= sum(one.seconds.values()) <= 1.1 * sum(two.seconds.values())
 
 
+@pytest.mark.parametrize("sizes", [dict(train_batch_size=3, max_tokens_per_batch=400), dict(train_batch_size=1)])
+def test_rows_of_two_shapes_are_both_run_and_a_single_one_meets_no_gradients(monkeypatch, sizes):
+    backwards, true = [], Loop._backward
+
+    def backward(self, batch, rows):
+        backwards.append((batch.num_tokens, any(p.grad is not None for p in self.model.parameters())))
+        return true(self, batch, rows)
+
+    monkeypatch.setattr(Loop, "_backward", backward)
+    simulated(make_recipe(method="sft", **sizes))
+    one = sum(LENGTHS) - 1  # the last token predicts nothing
+    assert backwards == ([(one, False), (2 * one, True)] if sizes["train_batch_size"] == 3 else [(one, False)])
+
+
 def test_weights_gradients_and_state_are_counted_by_their_parts():
     recipe = make_recipe(max_tokens_per_batch=256, max_length=256)
     held = simulated(recipe).held

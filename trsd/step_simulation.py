@@ -192,17 +192,19 @@ class _Simulation:
 
     def _make_optimizer_states(self) -> int:
         """Their bytes; AdamW makes them in its first step, so they are there in all others."""
-        for parameter in self.trained:
-            parameter.grad = torch.empty_like(parameter)
+        self._make_gradients()
         self.loop.optimizer.step()
         self.loop.optimizer.zero_grad()
         return state_bytes(self.loop.optimizer)
 
     def _leave_gradients(self) -> None:
         """What a row before would have left, without its time: one like it counts for both."""
+        self._make_gradients()
+        self.meter.hold_results(parameter.grad for parameter in self.trained)
+
+    def _make_gradients(self) -> None:
         for parameter in self.trained:
             parameter.grad = torch.empty_like(parameter)
-        self.meter.hold_results(parameter.grad for parameter in self.trained)
 
     def _shape(self, batch: PackedBatch) -> tuple[Any, ...]:
         """What a row's cost hangs on, its targets' included."""
