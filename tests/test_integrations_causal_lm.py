@@ -282,6 +282,8 @@ def run_rank(rank, port, folder, wrapping):
     else:
         for layer in student.model.layers:
             fully_shard(layer)
+        if wrapping == "fsdp2, the head apart":
+            fully_shard(student.lm_head)
         fully_shard(student)
         register_fsdp_forward_method(student, "forward_distill")
         out = student.forward_distill(**half, **mine, num_items_in_batch=num_items, **OPTIONS)
@@ -296,9 +298,11 @@ def run_rank(rank, port, folder, wrapping):
     os._exit(0)  # gloo's threads may end badly on the way out
 
 
-@pytest.mark.parametrize("wrapping", ["ddp", "fsdp2"])
-def test_two_ranks_have_the_gradients_of_one(models, method, tmp_path, wrapping):
+@pytest.mark.parametrize("wrapping", ["ddp", "fsdp2", "fsdp2, the head apart"])
+def test_two_ranks_have_the_gradients_of_one(tokenizer, models, method, tmp_path, wrapping):
     student, teacher = models
+    if "apart" in wrapping:
+        student = add_forward_distill(padded_model(tokenizer, seed=0, tie=False))
     batch = same_context_batch(method)
     targets = teacher_targets(teacher, batch["input_ids"], attention_mask=batch["attention_mask"])
     del student.forward_distill

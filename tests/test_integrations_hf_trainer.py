@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from integration_cases import own_loss, padded_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from trsd.cuts import uniform
 from trsd.errors import InputError
@@ -186,19 +186,6 @@ def test_what_is_made_for_logits_is_refused(tokenizer, tmp_path, method, name):
     arguments = TrainingArguments(str(tmp_path), **SHARED)
     with pytest.raises(InputError, match=f"{name}: made for logits"):
         DistillTrainer(*students, arguments, train_dataset=cut_rows(method), **{name: lambda *_: {}})
-
-
-@pytest.mark.parametrize("shard", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_weights_in_shards_are_refused(tokenizer, tmp_path, method, monkeypatch, shard):
-    true = Trainer.__init__
-
-    def sharded(self, *args, **kwargs):
-        true(self, *args, **kwargs)
-        setattr(self, shard, True)
-
-    monkeypatch.setattr(Trainer, "__init__", sharded)
-    with pytest.raises(InputError, match="weights in shards"):
-        trainer_of(tokenizer, tmp_path, cut_rows(method))
 
 
 def test_an_evaluation_that_was_broken_off_is_no_part_of_the_next(tokenizer, tmp_path, method):

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from trsd.errors import InputError
@@ -101,24 +102,27 @@ def forward_distill(
                 f"or [num_labels, hidden_size], got {list(teacher_hidden_states.shape)}"
             )
         teacher_hidden_states = teacher_hidden_states[:, :-1].flatten(0, 1)
-    weight, bias = head.weight, head.bias
-    if teacher_lm_head_weight is not None and len(weight) != len(teacher_lm_head_weight):
-        shared = min(len(weight), len(teacher_lm_head_weight))
-        weight, bias, teacher_lm_head_weight, teacher_lm_head_bias = (
-            None if tensor is None else tensor[:shared]
-            for tensor in (weight, bias, teacher_lm_head_weight, teacher_lm_head_bias)
+
+    def loss(hidden: Tensor) -> LinearDistillationOutput:
+        weight, bias, theirs, their_bias = head.weight, head.bias, teacher_lm_head_weight, teacher_lm_head_bias
+        if theirs is not None and len(weight) != len(theirs):
+            shared = min(len(weight), len(theirs))
+            weight, bias, theirs, their_bias = (
+                None if tensor is None else tensor[:shared] for tensor in (weight, bias, theirs, their_bias)
+            )
+        return fused_linear_distillation(
+            hidden,
+            weight,
+            teacher_hidden_states,
+            theirs,
+            labels,
+            student_lm_head_bias=bias,
+            teacher_lm_head_bias=their_bias,
+            token_weights=weights,
+            **logit_options(model.config, "student") | options,
         )
-    return fused_linear_distillation(
-        hidden,
-        weight,
-        teacher_hidden_states,
-        teacher_lm_head_weight,
-        labels,
-        student_lm_head_bias=bias,
-        teacher_lm_head_bias=teacher_lm_head_bias,
-        token_weights=weights,
-        **logit_options(model.config, "student") | options,
-    )
+
+    return run_head(head, loss, hidden)
 
 
 @torch.no_grad()
@@ -155,23 +159,40 @@ def teacher_targets(
 
 
 def run_through(wrapper: nn.Module, model: nn.Module, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """``call(...)`` inside the ``forward`` of what wraps ``model``, such as DistributedDataParallel.
+    """``call(...)`` inside the ``forward`` of what wraps ``model``, such as DistributedDataParallel, or of FSDP2.
 
     The wrapper prepares its reductions where its ``forward`` is called, and only there.
+
+    Args:
+        wrapper: what the trainer runs; ``model`` itself where nothing wraps it, or FSDP2 does, in place.
+        model: what it wraps.
+        call: what to run in place of the model's own ``forward``.
+        *args, **kwargs: of ``call``. Tensors in them that get gradients should be given here, not by closure.
+
+    Returns:
+        What ``call`` returns.
     """
-    if wrapper is model:
+    sharded = isinstance(wrapper, FSDPModule)
+    if wrapper is model and not sharded:
         return call(*args, **kwargs)
-    forward = model.forward
+    forward, found = model.forward, []
 
     def instead(*args: Any, **kwargs: Any) -> T:
         model.forward = forward
-        return call(*args, **kwargs)
+        found.append(call(*args, **kwargs))
+        return found[0]
 
     model.forward = instead
     try:
-        return wrapper(*args, **kwargs)
+        returned = wrapper(*args, **kwargs)
     finally:
         model.forward = forward
+    return found[0] if sharded else returned
+
+
+def run_head(head: nn.Linear, call: Callable[[Tensor], T], hidden_states: Tensor) -> T:
+    """``call(hidden_states)`` where ``head.weight`` is whole."""
+    return run_through(head, head, call, hidden_states)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from trsd.errors import InputError
 from trsd.integrations.causal_lm import run_through
 from trsd.integrations.cut_rows import CutRowCollator
 from trsd.integrations.row_loss import RowCounts, RowLoss, TermMeans, row_counts
+from trsd.integrations.shards import check_shards, shard_as_student
 
 
 class CutRowLoss:
@@ -29,7 +30,7 @@ class CutRowLoss:
         self, teacher_model: PreTrainedModel | None, thinking_weight: float, distill_options: dict[str, Any] | None
     ) -> None:
         """Take the teacher, at the end of the trainer's ``__init__``; arguments as in ``DistillTrainer``."""
-        refuse_shards(self)
+        check_shards(self)
         if self.args.n_gpu > 1:
             raise InputError("several GPUs in one process are not supported: start a process for each (torchrun)")
         logits = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
@@ -37,6 +38,8 @@ class CutRowLoss:
             raise InputError(f"{', '.join(given)}: made for logits, and this trainer makes none: leave it out")
         options = {"alpha": 1.0} | (distill_options or {})
         self.row_loss = RowLoss(self.model, teacher_model, thinking_weight=thinking_weight, **options)
+        if self.row_loss.teacher is not None:
+            shard_as_student(self.row_loss.teacher, self)
         self.model_accepts_loss_kwargs = True  # the loss is normalised by the whole step, whatever the model's is
         self._step_counts: RowCounts | None = None
         self._means = {"train": TermMeans(), "eval": TermMeans()}
@@ -69,7 +72,7 @@ class CutRowLoss:
             terms = run_through(model, student, self.row_loss, student, inputs, counts)
         self._means["train" if self.model.training else "eval"].add(terms, inputs, counts)
         if counts is not None and self.args.average_tokens_across_devices:
-            return terms.loss * self.accelerator.num_processes  # DDP takes the mean over processes
+            return terms.loss * self.accelerator.num_processes  # DDP and FSDP2 take the mean over processes
         return terms.loss
 
     def prediction_step(
@@ -131,9 +134,3 @@ class DistillTrainer(CutRowLoss, Trainer):
         kwargs.setdefault("data_collator", CutRowCollator())
         super().__init__(model, args, **kwargs)
         self.learn_rows(teacher_model, thinking_weight, distill_options)
-
-
-def refuse_shards(trainer: Trainer) -> None:
-    """Raise where weights are spread over processes."""
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.accelerator.parallelism_config is not None:
-        raise InputError("weights in shards are not supported here: train with DDP, or by torchrun -m trsd.train")

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trsd.errors import InputError
-from trsd.integrations.causal_lm import check_model, hidden_states_of
+from trsd.integrations.causal_lm import check_model, hidden_states_of, run_head
 from trsd.integrations.cut_rows import IGNORE, THINKING
 from trsd.models import logit_options
 from trsd.objective import Objective
+from trsd.ranks import gathered
 from trsd.teachers import HiddenTargets
 from trsd_kernels import LinearDistillationOutput
 
@@ -130,13 +131,17 @@ class RowLoss:
         counts = counts or row_counts(batch)
         targets = None if self.teacher is None else self._targets(batch)
         hidden = hidden_states_of(student, batch["input_ids"], batch["attention_mask"])
-        head = plain_head(student).weight
-        found = self._term(self.objective, hidden, head, targets, batch, "labels", counts.items)
-        if THINKING not in batch or self.thinking_weight == 0:
-            return RowTerms(found.loss, found.cross_entropy, found.divergence, torch.zeros_like(found.divergence))
-        thinking = self._term(self.keep_thinking, hidden, head, None, batch, THINKING, counts.thinking).loss
-        loss = found.loss + self.thinking_weight * thinking
-        return RowTerms(loss, found.cross_entropy, found.divergence, thinking.detach())
+        head = plain_head(student)
+
+        def terms(hidden: Tensor) -> RowTerms:
+            found = self._term(self.objective, hidden, head.weight, targets, batch, "labels", counts.items)
+            if THINKING not in batch or self.thinking_weight == 0:
+                return RowTerms(found.loss, found.cross_entropy, found.divergence, torch.zeros_like(found.divergence))
+            thinking = self._term(self.keep_thinking, hidden, head.weight, None, batch, THINKING, counts.thinking).loss
+            loss = found.loss + self.thinking_weight * thinking
+            return RowTerms(loss, found.cross_entropy, found.divergence, thinking.detach())
+
+        return run_head(head, terms, hidden)
 
     def of_means(self, cross_entropy: float, divergence: float, thinking_cross_entropy: float) -> float:
         """Equation (1) of terms that are means already."""
@@ -167,7 +172,7 @@ class RowLoss:
             self.teacher.to(batch["input_ids"].device)
         hidden = hidden_states_of(self.teacher, batch["teacher_input_ids"], batch["teacher_attention_mask"])
         learnt = _learnt(batch, "teacher_labels")
-        return HiddenTargets(hidden[:, :-1][learnt], plain_head(self.teacher).weight)
+        return HiddenTargets(hidden[:, :-1][learnt], gathered(plain_head(self.teacher).weight))
 
 
 def plain_head(model: PreTrainedModel) -> nn.Linear:

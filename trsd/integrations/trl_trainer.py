@@ -38,11 +38,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trsd.errors import InputError
+from trsd.integrations.causal_lm import run_head, run_through
 from trsd.integrations.cut_rows import IGNORE, CutRowCollator
-from trsd.integrations.hf_trainer import CutRowLoss, refuse_shards
+from trsd.integrations.hf_trainer import CutRowLoss
 from trsd.integrations.row_loss import check_logits_of_rows, plain_head, refuse_shared
+from trsd.integrations.shards import check_shards, shard_as_student
 from trsd.models import logit_options
-from trsd_kernels import FusedLinearDistillation
+from trsd.ranks import gathered
+from trsd_kernels import FusedLinearDistillation, LinearDistillationOutput
 
 try:
     from trl import DistillationTrainer, SFTConfig, SFTTrainer
@@ -65,7 +68,7 @@ class FusedDistillationTrainer(DistillationTrainer):
             InputError: images, a teacher elsewhere, weights in shards, or logits that the loss would get wrong.
         """
         super().__init__(*args, **kwargs)
-        refuse_shards(self)
+        check_shards(self)
         if self._is_vlm or self.teacher_model is None:
             raise InputError("expected text alone and a teacher_model in this process: use trl.DistillationTrainer")
         teacher = self.accelerator.unwrap_model(self.teacher_model)
@@ -82,6 +85,8 @@ class FusedDistillationTrainer(DistillationTrainer):
             **logit_options(teacher.config, "teacher"),
         }
         self.distill = FusedLinearDistillation(**(options | (distill_options or {})))
+        shard_as_student(teacher, self)
+        self._forward_redirection = run_through  # TRL's own, but that what comes out is not rounded
 
     def _compute_loss(
         self, unwrapped_student: PreTrainedModel, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None
@@ -96,14 +101,15 @@ class FusedDistillationTrainer(DistillationTrainer):
             student_states = _completion_states(unwrapped_student, ids, mask, labels.shape[1])
             with torch.no_grad():
                 teacher_states = _completion_states(teacher, ids, mask, labels.shape[1])
-            out = self.distill(
-                student_states.flatten(0, 1),
-                plain_head(unwrapped_student).weight,
-                teacher_states.flatten(0, 1),
-                plain_head(teacher).weight,
-                labels.flatten(),
-                num_items_in_batch=num_items_in_batch,
-            )
+                teacher_head = gathered(plain_head(teacher).weight)
+            head = plain_head(unwrapped_student)
+
+            def loss(states: Tensor) -> LinearDistillationOutput:
+                rows, teacher_rows = states.flatten(0, 1), teacher_states.flatten(0, 1)
+                counts = {"num_items_in_batch": num_items_in_batch}
+                return self.distill(rows, head.weight, teacher_rows, teacher_head, labels.flatten(), **counts)
+
+            out = run_head(head, loss, student_states)
         return out.loss, out.per_token.student_entropy.sum(), learnt.sum()
 
 
