@@ -82,6 +82,8 @@ setup(
         "tokenizers>=0.22",
         "safetensors>=0.5",
         "numpy>=1.26",
+        "httpx>=0.27",
+        "huggingface_hub>=1",
         "pyyaml>=6",
         "tyro>=0.9",
         "matplotlib>=3.9",

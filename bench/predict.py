@@ -23,6 +23,7 @@ from trsd.optim import build_optimizer
 from trsd.planned_lengths import shared_lengths
 from trsd.planning import planned_traces
 from trsd.recipe import Recipe
+from trsd.recomputation import recompute_activations
 from trsd.step_simulation import COPIES, STATE, TEACHER_WEIGHTS, WEIGHTS, MetaPlacement, build_on_meta, simulate_step
 from trsd.truncation import fraction, kept_length
 from trsd.working_weights import WorkingWeights
@@ -55,7 +56,7 @@ def planned_reference(
     student = build_on_meta(config_named(pair.student), torch.float32).train()
     teacher = build_on_meta(config_named(pair.teacher), dtype).requires_grad_(False).eval()
     if recomputed:
-        student.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        recompute_activations(student, "full", preserve_rng_state=False)
     weights = WorkingWeights(student, dtype if on_gpu else None)
     optimizer = build_optimizer(student, learning_rate=0.0, weight_decay=0.0)
     length = kept_length(pair.length, keep_fraction)

@@ -17,6 +17,7 @@ from bench.step_settings import BUNDLED, CHECKPOINTED_CHUNK_BYTES
 from trsd.batching import Example, PackedBatch, pack_examples
 from trsd.model_shapes import config_of
 from trsd.models import PACKED_ATTENTION, load_model, model_folder, packed_attention_backend, packed_hidden_states
+from trsd.recomputation import keep_activations, recompute_activations, recomputes
 from trsd_kernels import FusedLinearDistillation
 
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
@@ -34,10 +35,9 @@ def build_model(name: str, device: str) -> PreTrainedModel:
 
 
 def set_checkpointing(model: PreTrainedModel, wanted: bool) -> None:
+    keep_activations(model)
     if wanted:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    elif model.is_gradient_checkpointing:
-        model.gradient_checkpointing_disable()
+        recompute_activations(model, "full")
 
 
 class RandomTeacher:
@@ -127,7 +127,7 @@ class Step(Rounds):
         super().__init__(self.forward_and_backward, on_gpu=model.device.type == "cuda")
         self.model, self.teacher, self.passes = model, teacher, passes
         self.num_items = sum(float(each.weights.sum()) for each in passes)
-        chunk_bytes = CHECKPOINTED_CHUNK_BYTES if model.is_gradient_checkpointing and self.on_gpu else None
+        chunk_bytes = CHECKPOINTED_CHUNK_BYTES if recomputes(model) and self.on_gpu else None
         self.distill = FusedLinearDistillation(alpha=1.0, chunk_bytes=chunk_bytes)
         self.loss = torch.zeros(())
 

@@ -10,10 +10,10 @@ from conftest import losses, make_tiny_model
 from test_models import KINDS, small_model
 from torch._dynamo.utils import counters
 
-from trsd.compiled_layers import CompilationFailed, CompiledLayers, decoder_layers
+from trsd.compiled_layers import CompilationFailed, CompiledLayers
 from trsd.errors import InputError
 from trsd.fused_meter import fused
-from trsd.models import load_model, model_folder, packed_hidden_states
+from trsd.models import decoder_layers, load_model, model_folder, packed_hidden_states
 from trsd_kernels import packed_layout
 
 LAYOUTS = (
@@ -51,7 +51,7 @@ def test_rows_of_every_shape_and_all_layers_share_one_compilation(kind):
     for parameter in model.parameters():
         parameter.data /= 5.0
     model.set_attn_implementation("trsd_varlen")
-    layers, frames = CompiledLayers([model], fused), []
+    layers, graphs = CompiledLayers([model], fused), []
     for parts in LAYOUTS:
         layout = packed_layout(*parts)
         ids = torch.randint(640, (layout.num_tokens,))
@@ -63,8 +63,8 @@ def test_rows_of_every_shape_and_all_layers_share_one_compilation(kind):
         for name, tensor in want.items():
             torch.testing.assert_close(got[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
         torch.testing.assert_close(read, want["hidden"], rtol=1e-9, atol=1e-12)
-        frames.append(counters["frames"]["ok"])
-    assert 8 <= frames[0] == frames[-1] <= 10, frames  # before and behind attention, of layer and attention module
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 8 <= graphs[0] == graphs[-1] <= 10, graphs  # before and behind attention, of layer and attention module
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,12 @@ def test_experts_stay_outside_like_attention(kind, extra):
             got = states_and_gradients(model, layout, ids)
         for name, tensor in want.items():
             assert (got[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
-    assert counters["frames"]["ok"] <= 10
+    assert counters["stats"]["unique_graphs"] <= 10
     assert all("torch.compiler.disable" in reason for reason in counters["graph_break"]), counters["graph_break"]
 
 
 def test_layers_are_themselves_when_not_in_use_whatever_happens_inside(tiny_model):
-    layers, own = CompiledLayers([tiny_model, tiny_model], fused), decoder_layers(tiny_model)
+    layers, own = CompiledLayers([tiny_model, tiny_model], fused), decoder_layers(tiny_model, "torch_compile")
     with pytest.raises(RuntimeError, match="stop"), layers.in_use():
         assert all("forward" in layer.__dict__ for layer in own)
         raise RuntimeError("stop")
@@ -103,7 +103,7 @@ def test_layers_are_themselves_when_not_in_use_whatever_happens_inside(tiny_mode
 
 
 def test_a_forward_that_somebody_else_put_there_is_compiled_and_put_back(tiny_model):
-    layer, calls = decoder_layers(tiny_model)[0], []
+    layer, calls = decoder_layers(tiny_model, "torch_compile")[0], []
     inner = layer.forward
 
     def forward(*args, **kwargs):
@@ -118,11 +118,11 @@ def test_a_forward_that_somebody_else_put_there_is_compiled_and_put_back(tiny_mo
 
 def test_hooks_of_a_layer_run_around_it(tiny_model):
     seen = []
-    for layer in decoder_layers(tiny_model):
+    for layer in decoder_layers(tiny_model, "torch_compile"):
         layer.register_forward_pre_hook(lambda module, args: seen.append(module))
     with CompiledLayers([tiny_model], fused).in_use(), torch.no_grad():
         packed_hidden_states(tiny_model, torch.arange(5), packed_layout([5]), backend="sdpa")
-    assert seen == decoder_layers(tiny_model)
+    assert seen == decoder_layers(tiny_model, "torch_compile")
 
 
 def kept(model, ids, layout):
@@ -225,7 +225,7 @@ def test_on_a_gpu_compiled_layers_are_as_near_to_float64_as_others(backend):
     low = small_model("qwen3", **sizes).to(torch.bfloat16).cuda().train()
     low.load_state_dict(model.state_dict())
     low.set_attn_implementation("trsd_varlen")
-    layers, frames = CompiledLayers([low], "inductor"), []
+    layers, graphs = CompiledLayers([low], "inductor"), []
     for parts in (([300, 77, 200], [[(100, 30), (250, 9)], [], []]), ([600], None), ([513, 8], [[(40, 3)], []])):
         if backend == "torch" and parts[1]:
             parts = (parts[0], None)
@@ -242,8 +242,8 @@ def test_on_a_gpu_compiled_layers_are_as_near_to_float64_as_others(backend):
             }
         for name, error in errors[True].items():
             assert error <= 1.3 * errors[False][name] + 2e-3, (name, error, errors[False][name])
-        frames.append(counters["frames"]["ok"])
-    assert frames[0] == frames[-1] <= 10, frames
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1] <= 10, graphs
 
 
 def broken(graph, inputs):
@@ -258,7 +258,7 @@ def run_layers(model, backend):
 def test_layers_that_cannot_be_compiled_are_said_in_a_line(tiny_model):
     with pytest.raises(CompilationFailed, match=r"here \(RuntimeError: main.cpp:1:10: fatal error: Python.h.*: leave"):
         run_layers(tiny_model, broken)
-    assert not any("forward" in layer.__dict__ for layer in decoder_layers(tiny_model))
+    assert not any("forward" in layer.__dict__ for layer in decoder_layers(tiny_model, "torch_compile"))
 
 
 def test_memory_that_runs_out_in_a_compiler_is_memory_that_runs_out(tiny_model):
@@ -276,7 +276,7 @@ def test_a_model_whose_layers_are_not_to_be_seen_is_refused(tiny_model):
             self.held = layers
 
     tiny_model.model.layers = Held(tiny_model.model.layers)
-    with pytest.raises(InputError, match="Qwen3ForCausalLM has no list of layers to compile"):
+    with pytest.raises(InputError, match="torch_compile: Qwen3ForCausalLM has no list of layers"):
         CompiledLayers([tiny_model])
 
 

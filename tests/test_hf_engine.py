@@ -57,9 +57,8 @@ def plainly(model, context, max_new_tokens, **options):
     """What transformers itself writes after one context."""
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0, **options)
     config.eos_token_id = model.generation_config.eos_token_id
-    eager = {"gemma2": "eager"}.get(model.config.model_type, "sdpa")
-    with torch.no_grad(), with_attention(model, "sdpa"):
-        model.set_attn_implementation(eager)  # the one that knows soft caps
+    knows_soft_caps = {"gemma2": "eager"}.get(model.config.model_type, "sdpa")
+    with torch.no_grad(), with_attention(model, knows_soft_caps):
         out = model.generate(torch.tensor([context]), generation_config=config)
     return out[0, len(context) :].tolist()
 

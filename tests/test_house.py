@@ -1,6 +1,7 @@
 """Rules of the house: who may import whom, what importing costs, and that what is shipped is complete."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,16 @@ def test_kernels_import_torch_alone():
 def test_the_trainer_imports_neither_tests_nor_bench():
     for path in (ROOT / "trsd").rglob("*.py"):
         assert not {"tests", "bench"} & set(imports_of(path)), path
+
+
+def test_what_is_imported_is_declared():
+    """In setup.py, as required or in an extra: what comes with something else can go with its next release."""
+    named = re.findall(r'"([a-z][a-z0-9_-]*)(?:\[[a-z]+\])?>=', (ROOT / "setup.py").read_text())
+    declared = {name.replace("_", "-") for name in named}
+    called = {"yaml": "pyyaml", "pytorch_lightning": "lightning", "sympy": "math-verify"}  # whose numbers are sympy's
+    for path in (ROOT / "trsd").rglob("*.py"):
+        names = set(imports_of(path)) - set(sys.stdlib_module_names) - {"trsd", "trsd_kernels"}
+        assert {called.get(name, name).replace("_", "-") for name in names} <= declared, path
 
 
 def run_python(code, **environment):

@@ -1,4 +1,5 @@
 from fnmatch import fnmatch
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from trsd.models import (
     weights_fingerprint,
     with_attention,
 )
+from trsd.recomputation import recompute_activations
 from trsd_kernels import packed_layout
 
 SMALL = dict(
@@ -108,7 +110,7 @@ def test_packed_rows_survive_gradient_checkpointing(kind):
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(model, "full")
         model.train()
         loss = packed_hidden_states(model, ids, layout).square().sum()
         gradients.append(torch.autograd.grad(loss, list(model.model.layers.parameters())))
@@ -227,8 +229,8 @@ def test_what_a_model_does_to_its_logits_becomes_an_option_of_the_loss(kind, ext
     model = small_model(kind, **extra)
     assert logit_options(model.config, "student") == options
     hidden = torch.randn(1, 3, 32, dtype=torch.float64)
-    model.model.forward = lambda *_, **__: type("Output", (), dict(last_hidden_state=hidden, past_key_values=None,
-                                                                   hidden_states=None, attentions=None))()  # fmt: skip
+    nothing = dict.fromkeys(["past_key_values", "cache", "hidden_states", "attentions"])
+    model.model.forward = lambda *_, **__: SimpleNamespace(last_hidden_state=hidden, **nothing)
     plain = hidden @ model.get_output_embeddings().weight.T
     scaled = plain * options.get("student_logit_scale", 1.0)
     if cap := options.get("student_logit_softcap"):

@@ -7,6 +7,7 @@ from conftest import refusal
 from transformers import GptOssConfig, Qwen3MoeConfig
 
 from trsd import plan, planner
+from trsd.errors import InputError
 from trsd.model_shapes import config_of
 from trsd.plan_report import GIB, Plan
 from trsd.planned_lengths import shared_lengths
@@ -52,6 +53,20 @@ def test_what_does_not_fit_names_the_settings_that_would():
     assert {"gradient_checkpointing": True} in changes and {"lora_rank": 16} in changes
     combined = [(change, cost) for change, cost in found.alternatives if len(change) > 1]
     assert combined and all(found.needed(cost) < found.needed(found.cost) for _, cost in combined)
+
+
+def test_a_change_that_cannot_be_planned_is_told_with_its_reason(capsys, monkeypatch):
+    true = planner.step_cost
+
+    def step_cost(recipe, *args, **kwargs):
+        if recipe.torch_compile:
+            raise InputError("torch_compile: this torch does not show what it compiles")
+        return true(recipe, *args, **kwargs)
+
+    monkeypatch.setattr(planner, "step_cost", step_cost)
+    text = planned(capsys, *SMALL, "--gpu", "H200")
+    assert "--torch_compile True (torch_compile: this torch does not show what it compiles)" in text
+    assert re.search(r"[\d.]+ +[\d.]+ +yes +--gradient_checkpointing True$", text, flags=re.M)
 
 
 def test_teacher_is_a_model_or_where_targets_come_from():

@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trsd.live_bytes import LiveBytes
 from trsd.metrics import read_metrics
-from trsd.models import packed_hidden_states, recompute_activations
+from trsd.models import packed_hidden_states
+from trsd.recomputation import recompute_activations
 from trsd_kernels import packed_layout
 
 POLICIES = (None, "selective", "full")

@@ -19,6 +19,7 @@ from trsd.models import PACKED_ATTENTION
 from trsd.placement import Placement
 from trsd.planning import planned_method, planned_traces
 from trsd.recipe import Recipe, with_method_defaults
+from trsd.recomputation import recompute_activations
 from trsd.step_meter import OPTIMIZER
 from trsd.step_meter import TEACHER as READING
 from trsd.step_simulation import COPIES, STATE, TEACHER_WEIGHTS, WEIGHTS, MetaPlacement, _Simulation, simulate_step
@@ -83,7 +84,7 @@ def measured(recipe):
     method = method_of(recipe)
     student, teacher = build(STUDENT), None
     if recipe.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(student, "full")
     if recipe.alpha:
         teacher = OnlineTeacher(
             build(teacher_config), TeacherExamples(method), max_tokens_per_batch=recipe.max_tokens_per_batch

@@ -5,6 +5,7 @@ import torch
 from conftest import make_tiny_model
 
 from trsd.models import PACKED_ATTENTION, packed_hidden_states
+from trsd.recomputation import recompute_activations
 from trsd.working_weights import WorkingWeights
 from trsd_kernels import packed_layout
 
@@ -31,7 +32,7 @@ def test_gradients_are_those_of_a_bf16_model_added_up_in_fp32(tokenizer, checkpo
     plain = make_tiny_model(tokenizer, dtype=torch.bfloat16)
     plain.get_decoder().rotary_emb = model.get_decoder().rotary_emb  # whose frequencies are fp32 in a model as loaded
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model, "full")
         model.train()
     wanted = []
     with WorkingWeights(model, torch.bfloat16).in_use():

@@ -2,8 +2,9 @@
 
     y = W x + s B A x,    A [rank, in], B [out, rank], B = 0 at the start, s = alpha / rank (arXiv 2106.09685)  (1)
 
-The adapter is put into the transformers model itself, which stays what it is to everyone else: its body, its lm_head
-and its embeddings, both frozen, are where they were. A checkpoint holds W + s B A as a plain model folder, for whoever
+The adapter is put into the transformers model itself, by peft and not by transformers, whose releases ask for ones of
+peft that do not exist yet. The model stays what it is to everyone else: its body, its lm_head and its embeddings, both
+frozen, are where they were. A checkpoint holds W + s B A as a plain model folder, for whoever
 loads it, and the adapter in ``adapter/`` in peft's format, from which training goes on exactly.
 """
 
@@ -64,7 +65,7 @@ def add_adapter(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model.add_adapter(config)
+        _peft().inject_adapter_in_model(config, model)
     if base == "nf4":
         del model.is_loaded_in_4bit  # for transformers it would be a model that cannot be saved
     for parameter in model.parameters():
@@ -111,17 +112,22 @@ def _target_layers(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
 
 def has_adapter(model: nn.Module) -> bool:
     """Whether ``add_adapter`` was here."""
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
+    return hasattr(model, "peft_config")
 
 
 @contextmanager
 def adapter_off(model: PreTrainedModel) -> Iterator[None]:
     """Inside, ``model`` computes what it did before ``add_adapter``."""
-    model.disable_adapters()
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
     try:
         yield
     finally:
-        model.enable_adapters()
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def adapter_files(
@@ -131,9 +137,9 @@ def adapter_files(
 
     ``state``: the state dict of a ``model`` that is sharded, gathered.
     """
-    names = (key for key in model.state_dict() if ".lora_" in key)
+    names = _adapter_tensors(model)
     source = model.state_dict() if state is None else state
-    tensors = {PEFT_PREFIX + name.replace(".default.", "."): source[name] for name in names}
+    tensors = {PEFT_PREFIX + key: source[name] for key, name in names.items()}
     with TemporaryDirectory() as folder:
         model.peft_config["default"].save_pretrained(folder)
         config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
@@ -176,6 +182,11 @@ def _delta(layer: Any, name: str, state: dict[str, Tensor] | None) -> Tensor:
     return (up @ down) * layer.scaling["default"]
 
 
+def _adapter_tensors(model: nn.Module) -> dict[str, str]:
+    """Names in the state dict of ``model`` by what peft calls them in a file, without its prefix."""
+    return {name.replace(".default.", "."): name for name in model.state_dict() if ".lora_" in name}
+
+
 def load_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Give a model that ``add_adapter`` made the very adapter that a checkpoint wrote to ``folder``.
 
@@ -187,7 +198,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no {ADAPTER}/{WEIGHTS}: it can be loaded as a model but not resumed")
     state = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in load_file(path).items()}
-    own = model.get_adapter_state_dict()
+    parameters = model.state_dict()
+    own = {key: parameters[name] for key, name in _adapter_tensors(model).items()}
     unlike = sorted(k for k in state.keys() | own.keys() if k not in state or k not in own)
     unlike = unlike or sorted(key for key in own if own[key].shape != state[key].shape)
     if unlike:

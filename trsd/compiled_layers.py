@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from trsd.errors import InputError
+from trsd.models import decoder_layers
+from trsd.recomputation import Recomputed
 
 # A piece is compiled once for each dtype, size, and kind of pass (with gradients, without) of the models that share its
 # code; torch's own limit, 8, is soon met by a student, its teacher and a validation pass.
@@ -39,8 +40,8 @@ class CompiledLayers:
         Raises:
             InputError: a model has no layers, as far as one can see.
         """
-        layers = {id(layer): layer for model in models for layer in decoder_layers(model)}.values()
-        self._forwards = [(layer, torch.compile(layer.forward, backend=backend, dynamic=True)) for layer in layers]
+        layers = {id(layer): layer for model in models for layer in decoder_layers(model, "torch_compile")}.values()
+        self._forwards = [(layer, _compiled(layer.forward, backend)) for layer in layers]
         # Which tokens an expert sees follows from their values, which is not for a graph.
         experts = [part for layer in layers for path, part in layer.named_modules() if path.endswith("experts")]
         self._forwards += [(part, torch.compiler.disable(part.forward)) for part in experts]
@@ -76,13 +77,11 @@ class CompiledLayers:
                         module.forward = own
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of the body, in order. Raises InputError where it has no list of them."""
-    lists = (child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList))
-    layers = [layer for layers in lists for layer in layers]
-    if not layers:
-        raise InputError(f"torch_compile: {type(model).__name__} has no list of layers to compile: leave it out")
-    return layers
+def _compiled(forward: Callable[..., Any], backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` compiled; the checkpoint of one that is recomputed stays around it."""
+    if isinstance(forward, Recomputed):
+        return forward.around(_compiled(forward.inner, backend))
+    return torch.compile(forward, backend=backend, dynamic=True)
 
 
 def _failure(error: Any) -> Exception:

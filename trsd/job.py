@@ -30,7 +30,6 @@ from trsd.models import (
     load_tokenizer,
     logit_options,
     model_folder,
-    recompute_activations,
 )
 from trsd.nf4 import require_bitsandbytes
 from trsd.optim import optimizer_class
@@ -38,6 +37,7 @@ from trsd.parallel import check_ranks
 from trsd.placement import Placement
 from trsd.ranks import Ranks
 from trsd.recipe import Recipe
+from trsd.recomputation import recompute_activations
 from trsd.row_shards import MANIFEST
 from trsd.run import RECIPE_FILE, TEACHER
 from trsd.thinking import ThinkFormat, token_texts

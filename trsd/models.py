@@ -10,14 +10,12 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
@@ -29,8 +27,6 @@ from trsd.paths import resolve_bundled
 from trsd_kernels import AttentionRequest, PackedLayout, choose_backend, packed_layout, varlen_attention
 
 PACKED_ATTENTION = "trsd_varlen"
-# Operations whose results are worth more than the memory they take, by a part of their names.
-KEPT = ("aten::mm", "aten::addmm", "attention", "varlen", "flash_attn")
 # What is fetched from the hub; README.md is the card, which says how a model of ours was trained to be asked.
 FETCHED = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "*.py", "README.md")
 
@@ -149,7 +145,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: str, trust_remote_co
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
-            attn_implementation="sdpa",
+            attn_implementation="eager",  # which every architecture has; packed rows never run it
             output_loading_info=True,
         )
     except (ValueError, OSError, SafetensorError) as error:
@@ -173,24 +169,13 @@ def load_for_decoding(folder: Path) -> PreTrainedModel:
     return load_model(folder, dtype=torch.bfloat16 if cuda else torch.float32, device="cuda" if cuda else "cpu")
 
 
-def recompute_activations(model: PreTrainedModel, policy: str, **options: Any) -> None:
-    """Keep less of a layer's forward pass and compute it again in the backward pass.
-
-    Args:
-        model: whose layers do so.
-        policy: "full" keeps a layer's input alone; "selective" also what products and attention gave, so that only
-            norms, rotations and activations run twice.
-        options: of ``torch.utils.checkpoint``.
-    """
-    if policy == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _kept_or_not)
-    model.gradient_checkpointing_enable({"use_reentrant": False, **options})
-
-
-def _kept_or_not(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    name = operation.name() if hasattr(operation, "name") else str(operation)
-    kept = any(part in name for part in KEPT)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+def decoder_layers(model: PreTrainedModel, setting: str) -> list[nn.Module]:
+    """The layers of the body, in order. Raises InputError where it has no list of them, which ``setting`` needs."""
+    lists = (child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList))
+    layers = [layer for layers in lists for layer in layers]
+    if not layers:
+        raise InputError(f"{setting}: {type(model).__name__} has no list of layers: leave it out")
+    return layers
 
 
 @torch.no_grad()

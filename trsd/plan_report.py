@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trsd.ceilings import Ceilings
+from trsd.errors import InputError
 from trsd.recipe import Recipe
 from trsd.step_simulation import ACTIVATION_PARTS, StepCost
 
@@ -27,13 +28,18 @@ class Plan:
     """Tokens of prompt, reasoning and answer of a trace."""
     cost: StepCost
     cache_bytes_per_trace: float
-    alternatives: list[tuple[dict[str, Any], StepCost]] = field(default_factory=list)
+    alternatives: list[tuple[dict[str, Any], StepCost | InputError]] = field(default_factory=list)
+    """Other values, and what the recipe would take with them, or why that cannot be said."""
 
     def try_change(self, change: dict[str, Any], cost_of: Callable[[Recipe], StepCost]) -> None:
         """Add what the recipe would take with other values, where they make a recipe."""
         other = replace(self.recipe, **change)
-        if not other.problems():
+        if other.problems():
+            return
+        try:
             self.alternatives.append((change, cost_of(other)))
+        except InputError as error:
+            self.alternatives.append((change, error))
 
     def held(self, cost: StepCost) -> dict[str, float]:
         """Bytes by part on one GPU; what training shards is shared, and a layer and a head are gathered for use."""
@@ -121,6 +127,9 @@ def _advice(plan: Plan) -> str:
     lines = [f"{'GiB needed':>10}{'s at least':>12}  fits  with"]
     for change, cost in [({}, plan.cost), *plan.alternatives]:
         name = " ".join(f"--{key} {value}" for key, value in change.items()) or "the recipe as it is"
+        if isinstance(cost, InputError):
+            lines.append(f"{'?':>10}{'?':>12}  ?     {name} ({cost})")
+            continue
         fits = {True: "yes", False: "no", None: "?"}[plan.fits(cost)]
         lines.append(f"{plan.needed(cost) / GIB:>10.2f}{sum(cost.seconds.values()):>12.3f}  {fits:<4}  {name}")
     return "\n".join(lines)

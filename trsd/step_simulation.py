@@ -24,10 +24,11 @@ from trsd.fp8 import to_fp8
 from trsd.loop import Loop, StepRows
 from trsd.loop_meter import ACTIVATIONS, LOSS_WORK, LoopMeter
 from trsd.methods import Method, TeacherExamples
-from trsd.models import recompute_activations, refuse_unsupported
+from trsd.models import refuse_unsupported
 from trsd.optim import state_bytes
 from trsd.placement import Placement
 from trsd.recipe import ONLINE
+from trsd.recomputation import recompute_activations
 from trsd.step_meter import ATTENTION, OPTIMIZER, TEACHER, StepMeter
 from trsd.teachers import AdapterOffTeacher, HiddenTargets, OnlineTeacher, Targets, Teacher
 from trsd_kernels import PackedLayout, TeacherVectors, TopKTargets

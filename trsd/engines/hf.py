@@ -7,6 +7,7 @@ take such continuations over, with a copy of what they share.
 A continuation draws from its own seed, one number a token, so what runs beside it changes nothing but rounding.
 """
 
+import inspect
 import random
 import sys
 from collections import deque
@@ -124,6 +125,8 @@ class HFEngine:
         self.context_limit = _context_limit(config)
         self.vocab_size = config.vocab_size
         self.dtype = str(model.dtype)
+        taken = inspect.signature(model.get_decoder().forward).parameters
+        self.cache_argument = "cache" if "cache" in taken else "past_key_values"  # which 5.24 renames
 
     def run(self, scripts: Sequence[Script[T]], sampling: Sampling) -> Iterator[tuple[int, T]]:
         """(place, result) of every script, as they finish."""
@@ -256,9 +259,9 @@ class _Batch:
             self.engine.model.get_decoder()(
                 input_ids=ids.to(self.device),
                 position_ids=told.to(self.device),
-                past_key_values=self.slots,
                 use_cache=True,
                 slots=self.slots,
+                **{self.engine.cache_argument: self.slots},
             )
         ).last_hidden_state
 
