@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-oldest soak bench bench-page gpu vllm-venv lint format clean
+.PHONY: demo test test-all test-oldest test-newest soak bench bench-page gpu vllm-venv lint format clean
 
 demo: .venv/installed
 	$(BIN)/python -m trsd.train
@@ -24,6 +24,13 @@ test-oldest:
 	grep -Ev '^(torch|triton|numpy)==' constraints.txt | cat - constraints-oldest.txt > .venv-oldest/constraints.txt
 	$(OLDEST) -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt -e '.[test]'
 	OMP_NUM_THREADS=1 $(OLDEST) -m pytest $(PYTEST_OPTIONS) -m "not slow and not gpu"
+
+# The same with the newest release of everything: what whoever installs without constraints.txt gets (7 GB).
+NEWEST := .venv-newest/bin/python
+test-newest:
+	test -x $(NEWEST) || $(PYTHON) -m venv .venv-newest
+	$(NEWEST) -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[test]'
+	OMP_NUM_THREADS=1 $(NEWEST) -m pytest $(PYTEST_OPTIONS) -m "not slow and not gpu"
 
 # Runs that are killed (-9) at 200 random moments and resumed must come to what an undisturbed one does, bit for bit.
 # About five minutes; after half an hour it kills no more.

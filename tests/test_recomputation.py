@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trsd.live_bytes import LiveBytes
 from trsd.metrics import read_metrics
-from trsd.models import packed_hidden_states
-from trsd.recomputation import recompute_activations
+from trsd.models import decoder_layers, packed_hidden_states
+from trsd.recomputation import Recomputed, keep_activations, recompute_activations, recomputes
 from trsd_kernels import packed_layout
 
 POLICIES = (None, "selective", "full")
@@ -39,6 +39,30 @@ def test_selective_recomputation_runs_no_product_twice_and_lies_between_in_memor
         assert torch.equal(gradient, some[name]) and torch.equal(gradient, all_[name]), name
     assert flops == same < more
     assert least < 0.9 * between and between < 0.9 * most, (least, between, most)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_runs_twice_in_training_and_its_hooks_once(tiny_model, training):
+    tiny_model.train(training)
+    recompute_activations(tiny_model, "full")
+    hooked, run = [], []
+    for layer in decoder_layers(tiny_model, "gradient_checkpointing"):
+        layer.register_forward_pre_hook(lambda module, args: hooked.append(module))
+        layer.mlp.register_forward_pre_hook(lambda module, args: run.append(module))
+    packed_hidden_states(tiny_model, torch.arange(5), packed_layout([5]), backend="sdpa").sum().backward()
+    assert len(hooked) == 2 and len(run) == 2 + 2 * training
+
+
+def test_recomputation_can_be_undone_and_set_again(tiny_model):
+    first, *_ = layers = decoder_layers(tiny_model, "gradient_checkpointing")
+    own = first.forward
+    first.forward = marked = lambda *args, **kwargs: own(*args, **kwargs)
+    for policy in ("full", "selective"):
+        recompute_activations(tiny_model, policy)
+        assert recomputes(tiny_model) and not isinstance(first.forward.inner, Recomputed)
+    keep_activations(tiny_model)
+    assert first.forward is marked and not recomputes(tiny_model)
+    assert not any("forward" in layer.__dict__ for layer in layers[1:])
 
 
 @pytest.mark.parametrize("policy", ["selective", "full"])

@@ -65,7 +65,7 @@ class FusedDistillationTrainer(DistillationTrainer):
                 ``args.beta`` at ``args.temperature``, without T^2 and without cross-entropy.
 
         Raises:
-            InputError: images, a teacher elsewhere, weights in shards, or logits that the loss would get wrong.
+            InputError: images, a teacher elsewhere, shards other than FSDP2's, or logits that the loss would get wrong.
         """
         super().__init__(*args, **kwargs)
         check_shards(self)
