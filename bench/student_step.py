@@ -35,9 +35,10 @@ def build_model(name: str, device: str) -> PreTrainedModel:
 
 
 def set_checkpointing(model: PreTrainedModel, wanted: bool) -> None:
-    keep_activations(model)
     if wanted:
         recompute_activations(model, "full")
+    else:
+        keep_activations(model)
 
 
 class RandomTeacher:

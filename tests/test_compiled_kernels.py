@@ -149,5 +149,6 @@ def test_attention_kernels_compile_without_spills(dtype, head_dim, extras, capab
             num_stages=tiling.num_stages,
         )
         print(f"sm_{capability} {kernel.fn.__name__} {dtype} {head_dim} {tuple(tiling)}: {compiled}")
-        assert compiled.spill_bytes <= (MOST_SPILLED_LATER if TRITON >= (3, 8) else 0)
+        most = MOST_SPILLED_LATER if TRITON >= (3, 8) and (dtype, head_dim) == (torch.bfloat16, 256) else 0
+        assert max(compiled.stack_bytes, compiled.spill_bytes) <= most
         assert compiled.shared_bytes <= ALL_LIMITS[capability]

@@ -14,6 +14,7 @@ from trsd.compiled_layers import CompilationFailed, CompiledLayers
 from trsd.errors import InputError
 from trsd.fused_meter import fused
 from trsd.models import decoder_layers, load_model, model_folder, packed_hidden_states
+from trsd.recomputation import recompute_activations
 from trsd_kernels import packed_layout
 
 LAYOUTS = (
@@ -123,6 +124,24 @@ def test_hooks_of_a_layer_run_around_it(tiny_model):
     with CompiledLayers([tiny_model], fused).in_use(), torch.no_grad():
         packed_hidden_states(tiny_model, torch.arange(5), packed_layout([5]), backend="sdpa")
     assert seen == decoder_layers(tiny_model, "torch_compile")
+
+
+def test_the_checkpoint_of_recomputed_layers_stays_around_what_is_compiled():
+    model = small_model("qwen3").train()
+    for parameter in model.parameters():
+        parameter.data /= 5.0
+    model.set_attn_implementation("trsd_varlen")
+    recompute_activations(model, "full")
+    layout = packed_layout([9, 14])
+    ids = torch.randint(640, (layout.num_tokens,))
+    want = states_and_gradients(model, layout, ids)
+    counters.clear()
+    with CompiledLayers([model], fused).in_use():
+        got = states_and_gradients(model, layout, ids)
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
+    assert 4 <= counters["stats"]["unique_graphs"] <= 10
+    assert all("torch.compiler.disable" in reason for reason in counters["graph_break"]), counters["graph_break"]
 
 
 def kept(model, ids, layout):
