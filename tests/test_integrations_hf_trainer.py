@@ -188,6 +188,29 @@ def test_what_is_made_for_logits_is_refused(tokenizer, tmp_path, method, name):
         DistillTrainer(*students, arguments, train_dataset=cut_rows(method), **{name: lambda *_: {}})
 
 
+def test_a_training_run_that_was_broken_off_is_no_part_of_the_next(tokenizer, tmp_path, method, monkeypatch):
+    rows, settings = cut_rows(method), dict(gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    trainers = [trainer_of(tokenizer, tmp_path, rows[start:][:4], **settings) for start in (4, 0)]
+    broken, backward, seen = trainers[0], trainers[0].accelerator.backward, []
+
+    def too_big(loss, **kwargs):
+        seen.append(loss)
+        if len(seen) == 2:
+            raise RuntimeError("CUDA out of memory.")
+        backward(loss, **kwargs)
+
+    monkeypatch.setattr(broken.accelerator, "backward", too_big)
+    with pytest.raises(RuntimeError):
+        broken.train()
+    monkeypatch.setattr(broken.accelerator, "backward", backward)
+    broken.train_dataset = rows[:4]
+    for trainer in trainers:
+        trainer.train()
+    found, wanted = (trainer.state.log_history[0] for trainer in trainers)
+    for name in ("loss", "cross_entropy", "divergence", "thinking_cross_entropy"):
+        assert found[name] == pytest.approx(wanted[name], rel=1e-6)
+
+
 def test_an_evaluation_that_was_broken_off_is_no_part_of_the_next(tokenizer, tmp_path, method):
     rows = cut_rows(method)
     trainer = trainer_of(tokenizer, tmp_path, rows, per_device_eval_batch_size=1)

@@ -23,6 +23,7 @@ from trsd.models import load_tokenizer
 from trsd.thinking import ThinkFormat
 
 pytest.importorskip("accelerate")
+pytest.importorskip("peft")
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
@@ -33,12 +34,15 @@ CASES = {
     "lean": dict(tie=True, fsdp=True, fsdp_config={"cpu_ram_efficient_loading": True}),
     "recomputed": dict(tie=False, fsdp=True, fsdp_config={"activation_checkpointing": True}),
     "bf16": dict(tie=True, bf16=True, **FSDP2),
+    "adapter": dict(tie=False, adapter=True, **FSDP2),
     "trl offline": dict(tie=False, **FSDP2),
     "trl on policy": dict(tie=False, **FSDP2),
     "trl on policy by DDP": dict(tie=False),
+    "trl on policy bf16": dict(tie=False, bf16=True, **FSDP2),
 }
 IN_ONE = {"tied": "tied", "lean": "tied", "bf16": "tied", "untied": "untied", "recomputed": "untied"}
-IN_ONE["trl offline"] = "untied"
+IN_ONE |= {"trl offline": "untied", "adapter": "adapter"}
+LAYERS = ["q_proj", "v_proj", "down_proj"]
 NAMES = ("loss", "grad_norm", "cross_entropy", "divergence", "thinking_cross_entropy")
 
 
@@ -60,14 +64,24 @@ def allow_on_cpus():
     AcceleratorState.__init__ = init
 
 
+def student_of(tokenizer, tie, adapter=False):
+    model = padded_model(tokenizer, seed=0, tie=tie)
+    if not adapter:
+        return model
+    import peft
+
+    torch.manual_seed(0)  # of the adapter's matrices
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=LAYERS))
+
+
 def trainer_of(case, folder, *, ranks=1, rank=0):
     """A trainer for 12 rows a step, in two micro-batches on each of ``ranks``."""
     tokenizer = load_tokenizer(REASONER)
     settings = dict(CASES[case])
-    tie = settings.pop("tie")
+    tie, adapter = settings.pop("tie"), settings.pop("adapter", False)
     if ranks == 1:
         settings = {}
-    models = [padded_model(tokenizer, seed=seed, tie=tie) for seed in (0, 1)]
+    models = [student_of(tokenizer, tie, adapter), padded_model(tokenizer, seed=1, tie=tie)]
     if case == "lean" and rank:  # as transformers loads them in all processes but the first
         for parameter in (p for model in models for p in model.parameters()):
             parameter.data.zero_()
@@ -90,9 +104,9 @@ def trainer_of(case, folder, *, ranks=1, rank=0):
 
         args, data = SFTConfig(folder, **settings), Dataset.from_list(rows)
         return CutRowTrainer(*models, args, train_dataset=data, processing_class=tokenizer, **options)
-    settings |= dict(eval_strategy="steps", eval_steps=1)
+    settings |= dict(eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=2)
     return DistillTrainer(
-        *models, TrainingArguments(folder, **settings), train_dataset=rows, eval_dataset=rows[:4], **options
+        *models, TrainingArguments(folder, **settings), train_dataset=rows, eval_dataset=rows[:5], **options
     )
 
 
@@ -113,7 +127,14 @@ def on_policy(tokenizer, models, folder, settings):
 
 
 def trained(trainer, folder=None):
-    """What was logged, the student's weights, and how many parameters of each model are shards."""
+    """What was logged, the student's weights, how many parameters of each model are shards, and losses' dtypes."""
+    dtypes, backward = set(), trainer.accelerator.backward
+
+    def noted(loss, **kwargs):
+        dtypes.add(loss.dtype)
+        backward(loss, **kwargs)
+
+    trainer.accelerator.backward = noted
     trainer.train()
     if folder is not None:
         trainer.save_model(folder)
@@ -128,7 +149,7 @@ def trained(trainer, folder=None):
     for name, p in trainer.model.named_parameters():
         whole = p.full_tensor() if hasattr(p, "full_tensor") else p
         weights[name.replace("_checkpoint_wrapped_module.", "")] = whole.detach().clone()
-    return trainer.state.log_history, weights, shards
+    return trainer.state.log_history, weights, shards, dtypes
 
 
 def run_rank(rank, port, folder):
@@ -164,12 +185,17 @@ def over_ranks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def in_one(tmp_path_factory):
     """What one process found of the two cases that all others are variants of."""
-    return {case: trained(trainer_of(case, str(tmp_path_factory.mktemp("one")))) for case in ("tied", "untied")}
+    return {
+        case: trained(trainer_of(case, str(tmp_path_factory.mktemp("one")))) for case in ("tied", "untied", "adapter")
+    }
 
 
 def before(case):
     """The student's weights before the first step."""
-    return dict(padded_model(load_tokenizer(REASONER), seed=0, tie=CASES[case]["tie"]).named_parameters())
+    settings = CASES[case]
+    return dict(
+        student_of(load_tokenizer(REASONER), settings["tie"], settings.get("adapter", False)).named_parameters()
+    )
 
 
 def rows_of(history, name):
@@ -178,8 +204,8 @@ def rows_of(history, name):
 
 @pytest.mark.parametrize("case", IN_ONE)
 def test_sharded_ranks_take_the_steps_of_one_process(over_ranks, in_one, case):
-    history, weights, _ = over_ranks[0][case]
-    expected, wanted, _ = in_one[IN_ONE[case]]
+    history, weights = over_ranks[0][case][:2]
+    expected, wanted = in_one[IN_ONE[case]][:2]
     bound, gradients = (2e-3, 5e-2) if case == "bf16" else (1e-5, 1e-4)
     found, steps = rows_of(history, "loss"), rows_of(expected, "loss")
     assert len(found) == len(steps) == 2
@@ -193,16 +219,16 @@ def test_sharded_ranks_take_the_steps_of_one_process(over_ranks, in_one, case):
 
 
 def test_layers_of_both_models_are_shards(over_ranks):
-    for case in ("tied", "untied", "lean", "recomputed", "bf16"):
-        _, _, shards = over_ranks[0][case]
+    for case in ("tied", "untied", "lean", "recomputed", "bf16", "adapter"):
+        shards = over_ranks[0][case][2]
         layers = sum(1 for name in before("tied") if ".layers." in name)
         assert shards["student"] >= layers and shards["teacher"] >= layers
 
 
-def test_in_bf16_the_loss_is_not_rounded_to_bf16(over_ranks):
+@pytest.mark.parametrize("case", ["bf16", "trl on policy bf16"])
+def test_in_bf16_the_loss_is_not_rounded_to_bf16(over_ranks, case):
     """accelerate has FSDP2 cast what a forward returns to the layers' precision."""
-    losses = [row["loss"] for row in rows_of(over_ranks[0]["bf16"][0], "loss")]
-    assert all(torch.tensor(loss).bfloat16().item() != loss for loss in losses)
+    assert over_ranks[0][case][3] == {torch.float32}
 
 
 def test_a_student_in_shards_is_saved_as_a_plain_folder(over_ranks):
@@ -212,13 +238,28 @@ def test_a_student_in_shards_is_saved_as_a_plain_folder(over_ranks):
 
 
 def test_on_policy_shards_take_the_steps_of_whole_weights(over_ranks):
-    (history, weights, _), (expected, wanted, _) = (over_ranks[0][f"trl on policy{by}"] for by in ("", " by DDP"))
+    (history, weights), (expected, wanted) = (over_ranks[0][f"trl on policy{by}"][:2] for by in ("", " by DDP"))
     found, steps = rows_of(history, "loss"), rows_of(expected, "loss")
     assert len(found) == len(steps) == 2 and all(math.isfinite(row["loss"]) for row in steps)
     for row, other in zip(found, steps, strict=True):
         assert [row[name] for name in NAMES[:2]] == pytest.approx([other[name] for name in NAMES[:2]], rel=1e-5)
     for name, weight in wanted.items():
         assert torch.allclose(weights[name], weight, atol=1e-6), name
+
+
+def test_shards_that_accelerate_leaves_out_are_told(tmp_path, monkeypatch):
+    """As it does in several processes without a GPU."""
+    true = Trainer.__init__
+
+    def unsharded(self, *args, **kwargs):
+        true(self, *args, **kwargs)
+        self.args.fsdp = True
+
+    monkeypatch.setattr(Trainer, "__init__", unsharded)
+    with pytest.warns(
+        UserWarning, match="fsdp has no effect: accelerate spreads weights over processes that have a GPU"
+    ):
+        trainer_of("tied", str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["DeepSpeed", "FSDP1", "parallelism_config"])

@@ -9,14 +9,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from trsd.errors import InputError
 from trsd.integrations.causal_lm import run_through
 from trsd.integrations.cut_rows import CutRowCollator
-from trsd.integrations.row_loss import RowCounts, RowLoss, TermMeans, row_counts
+from trsd.integrations.row_loss import RowCounts, RowLoss, TermMeans, learn_only, row_counts
 from trsd.integrations.shards import check_shards, shard_as_student
+
+
+class _Afresh(TrainerCallback):
+    """What a training run that was broken off had added up, such as of a batch too big for memory, is forgotten."""
+
+    def __init__(self, means: dict[str, TermMeans]) -> None:
+        self.means = means
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.means["train"] = TermMeans()
 
 
 class CutRowLoss:
@@ -43,6 +53,7 @@ class CutRowLoss:
         self.model_accepts_loss_kwargs = True  # the loss is normalised by the whole step, whatever the model's is
         self._step_counts: RowCounts | None = None
         self._means = {"train": TermMeans(), "eval": TermMeans()}
+        self.add_callback(_Afresh(self._means))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -80,7 +91,16 @@ class CutRowLoss:
     ) -> tuple[Tensor, None, None]:
         """The loss of a batch to evaluate; there are no logits."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            batch = self._without_repeats(self._prepare_inputs(inputs))
+            return self.compute_loss(model, batch).detach(), None, None
+
+    def _without_repeats(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Leave out the rows that accelerate takes a second time where the last batch has too few for all processes."""
+        state, rows = self.accelerator.gradient_state, len(batch["labels"])
+        if not (state.end_of_dataloader and state.remainder > 0):
+            return batch
+        places = self.accelerator.process_index * rows + torch.arange(rows, device=batch["labels"].device)
+        return learn_only(batch, places < state.remainder)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The trainer's own, with the terms of the loss."""

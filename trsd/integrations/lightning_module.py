@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 from transformers import PreTrainedModel
 
 from trsd.errors import InputError
-from trsd.integrations.row_loss import RowCounts, RowLoss, TermMeans, row_counts
+from trsd.integrations.row_loss import RowCounts, RowLoss, TermMeans, learn_only, row_counts
 from trsd.optim import build_optimizer
 
 try:
@@ -117,13 +118,24 @@ class CutRowModule(LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Count the terms of ``batch``."""
+        batch = self._without_repeats(batch, batch_idx)
         self._validated.add(self.row_loss(self.student, batch), batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all tokens of the epoch."""
         means = self._validated.take(self._over_ranks)
         means["loss"] = self.row_loss.of_means(**means)
-        self.log_dict({f"val_{name}": value for name, value in means.items()}, prog_bar=True)
+        self.log_dict({f"val_{name}": value for name, value in means.items()}, prog_bar=True, sync_dist=True)
+
+    def _without_repeats(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Leave out the rows that a DistributedSampler takes a second time where they do not divide by the ranks."""
+        loader, rows = self.trainer.val_dataloaders, len(batch["labels"])
+        loader = loader[0] if isinstance(loader, list) else loader
+        sampler = getattr(loader, "sampler", None)
+        if not isinstance(sampler, DistributedSampler):
+            return batch
+        mine = batch_idx * loader.batch_size + torch.arange(rows, device=batch["labels"].device)
+        return learn_only(batch, mine * sampler.num_replicas + sampler.rank < len(sampler.dataset))
 
     def _unshared(self) -> AbstractContextManager[None]:
         strategy = self.trainer.strategy

@@ -49,6 +49,13 @@ def row_counts(batch: Mapping[str, Tensor]) -> RowCounts:
     return RowCounts(*(_learnt(batch, name).sum() for name in ("labels", THINKING)))
 
 
+def learn_only(batch: Mapping[str, Tensor], kept: Tensor) -> dict[str, Tensor]:
+    """``batch`` with the labels of the rows that are ``kept`` ([num_rows] bool), and none in the others."""
+    labels = ("labels", THINKING, "teacher_labels")
+    masked = {name: batch[name].masked_fill(~kept[:, None], IGNORE) for name in labels if name in batch}
+    return {**batch, **masked}
+
+
 class TermMeans:
     """The terms' means over the tokens of several batches, whatever each was divided by."""
 

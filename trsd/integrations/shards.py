@@ -1,5 +1,7 @@
 """Trainers of others that spread weights over processes by FSDP2: which are taken, and what is made of a teacher."""
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -11,7 +13,10 @@ from trsd.parallel import shard_teacher
 
 
 def check_shards(trainer: Trainer) -> None:
-    """Raise InputError where a trainer spreads weights over its processes in another way than FSDP2."""
+    """Raise InputError where a trainer spreads weights over its processes in another way than FSDP2.
+
+    Warns where it was told to and does not.
+    """
     accelerator = trainer.accelerator
     kinds = {
         "DeepSpeed": trainer.is_deepspeed_enabled,
@@ -21,6 +26,12 @@ def check_shards(trainer: Trainer) -> None:
     if found := [name for name, value in kinds.items() if value]:
         raise InputError(
             f"{found[0]} is not supported here: train with DDP, with FSDP2 (fsdp=True), or by torchrun -m trsd.train"
+        )
+    if trainer.args.fsdp and not trainer.is_fsdp_enabled:
+        warnings.warn(
+            "fsdp has no effect: accelerate spreads weights over processes that have a GPU each; here every process "
+            "holds both models whole",
+            stacklevel=4,
         )
 
 
