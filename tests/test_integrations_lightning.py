@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from integration_cases import own_loss, padded_model
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from trsd.cuts import uniform
 from trsd.errors import InputError
@@ -221,6 +221,19 @@ for uneven in (False, True):
         assert torch.allclose(weights[name], value, atol=1e-6), name
 print("the same")
 """
+
+
+def test_rows_that_fill_up_the_ranks_are_validated_once(models, method):
+    """Five rows on two ranks: the last batch of one of them holds the first row again."""
+    rows, counts = cut_rows(method)[:5], []
+    module = CutRowModule(*models)
+    for rank in range(2):
+        batches = loader(rows, batch_size=2, sampler=DistributedSampler(rows, 2, rank, shuffle=False))
+        module.trainer = SimpleNamespace(val_dataloaders=batches)
+        counts += [row_counts(module._without_repeats(batch, index)) for index, batch in enumerate(batches)]
+    wanted = row_counts(CutRowCollator()(rows))
+    assert sum(found.items for found in counts) == wanted.items
+    assert sum(found.thinking for found in counts) == wanted.thinking
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import math
 import os
 import socket
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -44,6 +45,15 @@ IN_ONE = {"tied": "tied", "lean": "tied", "bf16": "tied", "untied": "untied", "r
 IN_ONE |= {"trl offline": "untied", "adapter": "adapter"}
 LAYERS = ["q_proj", "v_proj", "down_proj"]
 NAMES = ("loss", "grad_norm", "cross_entropy", "divergence", "thinking_cross_entropy")
+
+
+class Found(NamedTuple):
+    """What a trainer's run came to."""
+
+    history: list[dict]
+    weights: dict[str, torch.Tensor]  # of the student, whole
+    shards: dict[str, int]  # how many parameters of each model are such
+    dtypes: set[torch.dtype]  # of the losses that went backward
 
 
 def allow_on_cpus():
@@ -127,7 +137,7 @@ def on_policy(tokenizer, models, folder, settings):
 
 
 def trained(trainer, folder=None):
-    """What was logged, the student's weights, how many parameters of each model are shards, and losses' dtypes."""
+    """Train, and tell what came of it."""
     dtypes, backward = set(), trainer.accelerator.backward
 
     def noted(loss, **kwargs):
@@ -149,7 +159,7 @@ def trained(trainer, folder=None):
     for name, p in trainer.model.named_parameters():
         whole = p.full_tensor() if hasattr(p, "full_tensor") else p
         weights[name.replace("_checkpoint_wrapped_module.", "")] = whole.detach().clone()
-    return trainer.state.log_history, weights, shards, dtypes
+    return Found(trainer.state.log_history, weights, shards, dtypes)
 
 
 def run_rank(rank, port, folder):
@@ -184,7 +194,7 @@ def over_ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def in_one(tmp_path_factory):
-    """What one process found of the two cases that all others are variants of."""
+    """What one process found of the cases that all others are variants of."""
     return {
         case: trained(trainer_of(case, str(tmp_path_factory.mktemp("one")))) for case in ("tied", "untied", "adapter")
     }
@@ -204,8 +214,8 @@ def rows_of(history, name):
 
 @pytest.mark.parametrize("case", IN_ONE)
 def test_sharded_ranks_take_the_steps_of_one_process(over_ranks, in_one, case):
-    history, weights = over_ranks[0][case][:2]
-    expected, wanted = in_one[IN_ONE[case]][:2]
+    history, weights, *_ = over_ranks[0][case]
+    expected, wanted, *_ = in_one[IN_ONE[case]]
     bound, gradients = (2e-3, 5e-2) if case == "bf16" else (1e-5, 1e-4)
     found, steps = rows_of(history, "loss"), rows_of(expected, "loss")
     assert len(found) == len(steps) == 2
@@ -220,7 +230,7 @@ def test_sharded_ranks_take_the_steps_of_one_process(over_ranks, in_one, case):
 
 def test_layers_of_both_models_are_shards(over_ranks):
     for case in ("tied", "untied", "lean", "recomputed", "bf16", "adapter"):
-        shards = over_ranks[0][case][2]
+        shards = over_ranks[0][case].shards
         layers = sum(1 for name in before("tied") if ".layers." in name)
         assert shards["student"] >= layers and shards["teacher"] >= layers
 
@@ -228,17 +238,18 @@ def test_layers_of_both_models_are_shards(over_ranks):
 @pytest.mark.parametrize("case", ["bf16", "trl on policy bf16"])
 def test_in_bf16_the_loss_is_not_rounded_to_bf16(over_ranks, case):
     """accelerate has FSDP2 cast what a forward returns to the layers' precision."""
-    assert over_ranks[0][case][3] == {torch.float32}
+    assert over_ranks[0][case].dtypes == {torch.float32}
 
 
 def test_a_student_in_shards_is_saved_as_a_plain_folder(over_ranks):
     found, folder = over_ranks
     saved = AutoModelForCausalLM.from_pretrained(folder / "saved").state_dict()
-    assert all(torch.equal(saved[name], weight) for name, weight in found["untied"][1].items())
+    assert all(torch.equal(saved[name], weight) for name, weight in found["untied"].weights.items())
 
 
 def test_on_policy_shards_take_the_steps_of_whole_weights(over_ranks):
-    (history, weights), (expected, wanted) = (over_ranks[0][f"trl on policy{by}"][:2] for by in ("", " by DDP"))
+    found = (over_ranks[0][f"trl on policy{by}"] for by in ("", " by DDP"))
+    (history, weights, *_), (expected, wanted, *_) = found
     found, steps = rows_of(history, "loss"), rows_of(expected, "loss")
     assert len(found) == len(steps) == 2 and all(math.isfinite(row["loss"]) for row in steps)
     for row, other in zip(found, steps, strict=True):
