@@ -1,5 +1,6 @@
 """Shared fixtures: the bundled tokenizer, a random two-layer Qwen3 of its vocabulary, and a few traces."""
 
+import gc
 import json
 import os
 import random
@@ -34,6 +35,12 @@ def pytest_collection_modifyitems(items):
         fast = [item for item in items if not {"gpu", "slow"} & {marker.name for marker in item.iter_markers()}]
         for item in thinned.left_out(fast):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collections of every run that is tested look at what the run made alone."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser):

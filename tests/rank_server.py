@@ -5,6 +5,7 @@ nothing itself, so its children may.
 """
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import bare_reports
+import matplotlib.pyplot  # noqa: F401 - here, not in every child
 import torch.distributed.checkpoint as dcp
 from forked import run_and_exit
 
@@ -177,5 +179,6 @@ def run(request):
 
 
 if __name__ == "__main__":
+    gc.freeze()  # the children's collections need not look at what was imported
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
