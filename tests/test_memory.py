@@ -116,6 +116,22 @@ def test_the_counter_sees_what_is_made_and_freed():
     assert memory.peak == 8000
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_counter_sees_what_the_backward_pass_alone_keeps_and_counts_it_once(device):
+    weight = torch.ones(1000, device=device, requires_grad=True)
+    with LiveBytes() as memory:
+        kept = weight.exp()  # its gradient is the result
+        out = kept.sum()
+        memory.hold_results([kept, kept[:10]])
+        del kept
+        assert memory.live == 4004
+        out.backward()
+        del out
+        assert memory.live == weight.grad.nbytes == 4000
+    weight.grad = None
+    assert memory.live == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])

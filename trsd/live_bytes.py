@@ -3,13 +3,33 @@
 On the meta device, where tensors have shapes and no content, it tells what a GPU would have to hold.
 """
 
+import weakref
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+class HeldStorages:
+    """Storages that something refers to, and their bytes: what is freed leaves by itself, in this moment."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        """Count ``storage``, once however often it is added."""
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key not in self._references:
+            self._references[key] = weakref.ref(storage, partial(self._leave, key, num_bytes))
+            self.num_bytes += num_bytes
+
+    def _leave(self, key: int, num_bytes: int, _: weakref.ref[torch.UntypedStorage]) -> None:
+        del self._references[key]
+        self.num_bytes -= num_bytes
 
 
 class LiveBytes(TorchDispatchMode):
@@ -23,8 +43,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.peak = 0
         self.largest_numel = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._at_most = 0  # live bytes as if nothing had been freed since they were last summed
+        self._made = HeldStorages()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -34,9 +53,7 @@ class LiveBytes(TorchDispatchMode):
     @property
     def live(self) -> int:
         """Bytes of the counted storages that something still refers to."""
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        self._at_most = sum(size for _, size in self._alive.values())
-        return self._at_most
+        return self._made.num_bytes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
@@ -51,11 +68,10 @@ class LiveBytes(TorchDispatchMode):
         """Count the storages of ``tensors``, which an operation made, from now on."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-            self._at_most += storage.nbytes()
+            self._made.add(storage)
             self.largest_numel = max(self.largest_numel, storage.nbytes() // tensor.element_size())
-        if self._at_most > self.peak and self.live > self.peak:
-            self.peak = self._at_most
+        if self.live > self.peak:
+            self.peak = self.live
             self.reached_peak()
 
     def reached_peak(self) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from trsd.ceilings import Ceilings
+from trsd.live_bytes import HeldStorages
 from trsd.step_meter import LOSS, StepMeter
 from trsd_kernels.linear_ops import Call
 from trsd_kernels.target_plans import TopK, Vectors
@@ -37,7 +37,7 @@ class LoopMeter(StepMeter):
         self.dtype = torch.bfloat16 if bf16 and on_gpu else torch.float32
         self.held: dict[str, int] = {}
         """Bytes by part at the peak."""
-        self._handed_out: list[tuple[StorageWeakRef, int]] = []
+        self._handed_out = HeldStorages()
         self._inside: dict[str, Callable[..., None]] = {
             "trsd::linear_distill_tokens": self._tokens,
             "trsd::distill_top_k": self._cached(TopK, pieces=1),
@@ -48,14 +48,14 @@ class LoopMeter(StepMeter):
 
     def reached_peak(self, scratch: int = 0) -> None:
         gradients = sum(p.grad.nbytes for p in self.trained if p.grad is not None)
-        loss = sum(size for storage, size in self._handed_out if not storage.expired())
-        self.held = {GRADIENTS: gradients, LOSS_WORK: loss + scratch, ACTIVATIONS: self._at_most - gradients - loss}
+        loss = self._handed_out.num_bytes
+        self.held = {GRADIENTS: gradients, LOSS_WORK: loss + scratch, ACTIVATIONS: self.live - gradients - loss}
 
     def ran(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any, *, made: bool) -> None:
         if inside := self._inside.get(func._schema.name):
             inside(args)
             for tensor in result[2:]:
-                self._handed_out.append((StorageWeakRef(tensor.untyped_storage()), tensor.nbytes))
+                self._handed_out.add(tensor.untyped_storage())
             return
         super().ran(func, args, kwargs, result, made=made)
 

@@ -66,7 +66,7 @@ class StepMeter(LiveBytes):
     def hold(self, num_bytes: int) -> None:
         """Scratch of a single operation, beside all that is live at this moment."""
         if self.live + num_bytes > self.peak:
-            self.peak = self._at_most + num_bytes
+            self.peak = self.live + num_bytes
             self.reached_peak(scratch=num_bytes)
 
     def reached_peak(self, scratch: int = 0) -> None:
