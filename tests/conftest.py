@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import interpreter
 import pytest
 import thinned
 import torch
@@ -25,13 +26,16 @@ from trsd.traces import Trace, write_traces
 
 settings.register_profile("noisy_machine", deadline=None)
 settings.load_profile("noisy_machine")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    interpreter.look_once()
 
 REASONER = Path(__file__).parent.parent / "trsd" / "demo" / "reasoner"
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
-    if os.environ.get("TRITON_INTERPRET") == "1":  # which takes milliseconds for a program of a kernel
+    if INTERPRETED:  # which takes milliseconds for a program of a kernel
         fast = [item for item in items if not {"gpu", "slow"} & {marker.name for marker in item.iter_markers()}]
         for item in thinned.left_out(fast):
             item.add_marker(pytest.mark.slow)
