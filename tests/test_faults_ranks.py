@@ -79,13 +79,7 @@ def test_an_lm_head_of_its_own_is_sharded_apart(ran, tmp_path, tokenizer):
     assert_same_curve(ran("one", 1, max_steps=2), ran("two", 2, max_steps=2))
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        pytest.param(dict(teacher="online"), marks=pytest.mark.slow),
-        dict(alpha=0.7, temperature=2.0, train_batch_size=2),
-    ],
-)
+@pytest.mark.parametrize("flags", [dict(teacher="online"), dict(alpha=0.7, temperature=2.0, train_batch_size=2)])
 def test_heads_spread_over_the_vocabulary_give_the_losses_of_whole_ones(ran, tmp_path, tokenizer, flags):
     make_tiny_model(tokenizer, tie=False).save_pretrained(tmp_path / "tiny")
     one, three = ran("one", 1, **flags), ran("three", 3, vocab_parallel=True, **flags)
@@ -98,9 +92,7 @@ def test_heads_spread_over_the_vocabulary_give_the_losses_of_whole_ones(ran, tmp
     assert losses(three) == before
 
 
-@pytest.mark.parametrize(
-    "flags", [dict(teacher="adapter_off"), pytest.param(dict(teacher="vector_cache"), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("flags", [dict(teacher="adapter_off"), dict(teacher="vector_cache")])
 def test_an_adapter_trains_and_resumes_over_ranks_as_in_one(ran, flags):
     pytest.importorskip("peft")
     flags = dict(lora_rank=4, save_steps=2) | flags

@@ -298,7 +298,7 @@ def run_rank(rank, port, folder, wrapping):
     os._exit(0)  # gloo's threads may end badly on the way out
 
 
-@pytest.mark.parametrize("wrapping", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow), "fsdp2, the head apart"])
+@pytest.mark.parametrize("wrapping", ["ddp", "fsdp2", "fsdp2, the head apart"])
 def test_two_ranks_have_the_gradients_of_one(tokenizer, models, method, tmp_path, wrapping):
     student, teacher = models
     if "apart" in wrapping:
