@@ -11,7 +11,7 @@ from torch import Tensor
 from bench import peers
 from bench.shapes import Inputs, Loss
 from trsd_kernels import fused_linear_distillation
-from trsd_kernels.linear_ops import chunk_length
+from trsd_kernels.linear_ops import rows_per_chunk
 from trsd_kernels.products import add_product_, product
 from trsd_kernels.teacher_targets import distill_from_vectors, teacher_vectors
 from trsd_kernels.torch_rows import row_chunks
@@ -36,10 +36,6 @@ class Contender:
     """Its kernels run on a GPU alone; those in Triton also in the interpreter."""
     check: Callable[[Inputs, Loss], Callable[[], Tensor]] | None = None
     """The same computation not compiled, to be checked by; None: ``step`` itself."""
-
-
-def _chunk(inputs: Inputs, other: int) -> int:
-    return chunk_length(other, torch.float32, inputs.labels.device, None)
 
 
 def ours(plan: str, chunk_bytes: int | None = None) -> Callable[[Inputs, Loss], Callable[[], Tensor]]:
@@ -68,7 +64,7 @@ def bare_gemms(inputs: Inputs, loss: Loss) -> Callable[[], None]:
     """
     student_h, student_w, teacher_h, teacher_w, _ = (x.detach() for x in inputs.positional())
     num_tokens, vocab_size = len(student_h), len(student_w)
-    chunk = min(_chunk(inputs, vocab_size), num_tokens)
+    chunk = min(rows_per_chunk(vocab_size, torch.float32, inputs.labels.device, None), num_tokens)
     gradient = torch.randn(chunk, vocab_size, device=student_h.device, dtype=student_h.dtype)
 
     def step() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from trsd.ceilings import Ceilings
 from trsd.live_bytes import HeldStorages
 from trsd.step_meter import LOSS, StepMeter
-from trsd_kernels.linear_ops import Call
+from trsd_kernels.linear_ops import CPU_CHUNK_ROWS, Call
 from trsd_kernels.target_plans import TopK, Vectors
 from trsd_kernels.token_plan import BYTES_PER_TOKEN, TokenPlan
 
@@ -63,12 +63,17 @@ class LoopMeter(StepMeter):
         """Rows of ``other`` entries, or entries of ``other`` rows, that two fp32 tensors of the loss hold at a time."""
         return max(1, self.chunk_bytes // (2 * 4 * max(1, other)))
 
+    def _rows(self, vocab_size: int) -> int:
+        """Rows of logits that the loss makes at a time."""
+        rows = self._chunk(vocab_size)
+        return rows if self.on_gpu else min(rows, CPU_CHUNK_ROWS)
+
     def _tokens(self, args: tuple) -> None:
         call = Call(*args)
         vocab_size = call.student_weight.shape[0]
         plan = TokenPlan(
             *(call.student, call.teacher, call.labels, call.weights, None, call.options, call.needs),
-            chunk=call.chunk_size or self._chunk(vocab_size),
+            chunk=call.chunk_size or self._rows(vocab_size),
             student_dtype=self.dtype,
             teacher_dtype=self.dtype,
         )
@@ -85,7 +90,7 @@ class LoopMeter(StepMeter):
             places = len(targets_class._fields)
             call = Call(*args[:3], None, None, None, *args[3 + places :])
             vocab_size, hidden_size = call.student_weight.shape
-            rows = min(len(call.labels), self._chunk(vocab_size))
+            rows = min(len(call.labels), self._rows(vocab_size))
             half = self.dtype.itemsize if self.dtype != torch.float32 else 0
             cast = self.dtype.itemsize * vocab_size * hidden_size if call.student_weight.dtype != self.dtype else 0
             scratch = rows * vocab_size * (4 + (pieces * half if pieces > 1 else 0)) + 12 * rows * hidden_size + cast

@@ -30,6 +30,7 @@ from trsd_kernels.vocab_plan import VocabSweep
 
 CUDA_CHUNK_BYTES = 5 * 2**29  # 2,048 rows of two fp32 logits over Qwen3's vocabulary, rounded up
 CPU_CHUNK_BYTES = 2**26
+CPU_CHUNK_ROWS = 256  # more of a small vocabulary fill no product better, and leave the cache
 SCALED_ELEMENTS = 2**24
 # A captured CUDA graph cannot hold the one wait for the number of supervised rows.
 TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
@@ -43,6 +44,12 @@ def chunk_length(other: int, dtype: torch.dtype, device: torch.device, chunk_byt
             chunk_bytes = min(CUDA_CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 16)
     tensors = rows_class(device, dtype).live_tensors
     return max(1, chunk_bytes // (tensors * dtype.itemsize * max(1, other)))
+
+
+def rows_per_chunk(vocab_size: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None) -> int:
+    """How many rows of logits are made at a time within ``chunk_bytes``."""
+    rows = chunk_length(vocab_size, dtype, device, chunk_bytes)
+    return min(rows, CPU_CHUNK_ROWS) if device.type == "cpu" else rows
 
 
 def operand_dtypes(
@@ -180,7 +187,7 @@ def linear_distill_tokens(*arguments):
             call.rows(),
             call.options,
             call.needs,
-            chunk=call.chunk_size or chunk_length(vocab_size, state_dtype, call.labels.device, call.chunk_bytes),
+            chunk=call.chunk_size or rows_per_chunk(vocab_size, state_dtype, call.labels.device, call.chunk_bytes),
             **dtypes,
         ).run()
     gradients = (result.grad_hidden_states, result.grad_weight, result.grad_bias)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from trsd_kernels.linear_ops import chunk_length
+from trsd_kernels.linear_ops import rows_per_chunk
 from trsd_kernels.options import LogitTransform
 from trsd_kernels.products import Head, accumulator_dtype, product, product_dtype
 from trsd_kernels.torch_rows import even_chunk, row_chunks, transform_
@@ -23,7 +23,7 @@ def logit_chunks(
     """
     dtype = product_dtype(head.hidden_states, head.weight, None)
     weight, num_rows = head.weight.detach().to(dtype), len(head.hidden_states)
-    limit = chunk_length(2 * weight.shape[0], accumulator_dtype(dtype), weight.device, chunk_bytes)
+    limit = rows_per_chunk(2 * weight.shape[0], accumulator_dtype(dtype), weight.device, chunk_bytes)
     for rows in row_chunks(num_rows, even_chunk(num_rows, limit)):
         with torch.autocast(weight.device.type, enabled=False):
             logits = product(head.hidden_states[rows].detach().to(dtype), weight.T)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.library import triton_op, wrap_triton
 
 from trsd_kernels.checks import (
@@ -32,13 +33,18 @@ from trsd_kernels.torch_rows import TorchRows
 logging.getLogger("torch._library.triton").addFilter(lambda record: "Triton not available" not in str(record.msg))
 
 
+def _has_values(tensor: Tensor) -> bool:
+    """Whether a pass may look at what it works on: not where it is only being traced."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta and get_proxy_mode() is None
+
+
 def _rows(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, options: DistillOptions):
     """The row passes over whole logits, which they leave as they are."""
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     Rows = rows_class(student_logits.device, dtype)
     if Rows is TorchRows:
         copies = (None if x is None else x.to(dtype, copy=True) for x in (student_logits, teacher_logits))
-        return TorchRows(options, *copies, labels, masked=True), dtype
+        return TorchRows(options, *copies, labels, masked=None if _has_values(student_logits) else True), dtype
     launch = (lambda kernel: kernel) if triton_interpreted(student_logits.device) else wrap_triton
     return Rows(options, student_logits, teacher_logits, labels, launch=launch), dtype
 

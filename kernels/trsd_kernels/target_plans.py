@@ -17,12 +17,13 @@ from trsd_kernels.linear_ops import (
     SCHEMA_STUDENT,
     TAGS,
     Call,
-    chunk_length,
     empty_gradients,
     or_empty,
+    rows_per_chunk,
     tokens_backward,
     tokens_setup,
 )
+from trsd_kernels.mixtures import divergence_slope
 from trsd_kernels.options import DistillOptions, SoftmaxOptions
 from trsd_kernels.products import (
     HALF,
@@ -47,7 +48,7 @@ from trsd_kernels.row_state import (
     new_state,
 )
 from trsd_kernels.token_plan import GradientSums, Needs
-from trsd_kernels.torch_rows import TorchRows, divergence_slope, even_chunk, row_chunks
+from trsd_kernels.torch_rows import TorchRows, even_chunk, row_chunks
 
 
 class TopK(NamedTuple):
@@ -107,7 +108,7 @@ class _CachedPlan(ABC):
         self.state_dtype = accumulator_dtype(self.dtype)
         self.head = student.cast_weight(self.dtype)
         self.rows_class = rows_class(labels.device, self.state_dtype)
-        limit = chunk_size or chunk_length(vocab_size, self.state_dtype, labels.device, chunk_bytes)
+        limit = chunk_size or rows_per_chunk(vocab_size, self.state_dtype, labels.device, chunk_bytes)
         self.chunk = even_chunk(len(self.labels), limit)
         self.softmax = SoftmaxOptions(
             alpha=options.alpha,

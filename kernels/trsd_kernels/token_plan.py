@@ -108,13 +108,11 @@ class TokenPlan:
             here = part if self.rows is None else self.rows[part]
             hidden = self.student.hidden_states[here].detach().to(self.dtype)  # [C, H_s]
             logits = self._logits(part, here, hidden)
-            logits.accumulate(state[:, part])
-            logits.accumulate_mixture(state[:, part])
-            if any(self.needs):
-                gradient = logits.gradient(state[:, part], scale.weights[:, part], self.dtype)  # [C, V]
+            weights = scale.weights[:, part] if any(self.needs) else None
+            gradient = logits.complete(state[:, part], weights, self.dtype)  # [C, V]
+            if gradient is not None:
                 gradients.add(gradient, hidden, here, scale.undo)
-                del gradient
-            del logits  # the next chunk's take their bytes
+            del logits, gradient  # the next chunk's take their bytes
         terms = finish(state, self.options)
         counted = row_weights(self.weights, self.options)
         loss = (counted[0] * terms.cross_entropy).sum() + (counted[1] * terms.divergence).sum()

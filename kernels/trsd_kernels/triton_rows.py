@@ -88,6 +88,12 @@ class TritonRows:
             with device:
                 self.launch(kernel)[(num_rows,)](*arguments, **constants, **self.flags)
 
+    def complete(self, state: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """All passes over the whole vocabulary, an empty ``state`` filled in; ``gradient``, or None without weights."""
+        self.accumulate(state)
+        self.accumulate_mixture(state)
+        return None if weights is None else self.gradient(state, weights, dtype)
+
     def accumulate(self, state: Tensor) -> None:
         """Merge these logits into ``state`` [NUM_FIELDS, C]: every field but the mixture's."""
         vocab_size = self.student.shape[1]
