@@ -67,6 +67,8 @@ def transform_(logits: Tensor, bias: Tensor | None, transform: LogitTransform) -
         logits += bias
     if transform == LogitTransform():
         return logits
+    if transform.softcap is None and transform.scale > 0.0:
+        return logits.mul_(transform.scale)
     impossible = logits == -math.inf
     logits *= transform.scale
     if transform.softcap is not None:
@@ -94,9 +96,9 @@ class _Scratch:
         self.taken = 0
 
 
-def _maximum(rows: Tensor) -> tuple[Tensor, Tensor]:
+def row_maximum(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's maximum and where it first is: ``rows.max(1)`` of rows that are wide, from the maxima of segments."""
-    num_rows, width = rows.shape
+    width = rows.shape[1]
     if width < 4 * SEGMENT:
         return rows.max(1)
     whole = width - width % SEGMENT
@@ -288,7 +290,7 @@ class _RowBlock:
     ) -> Tensor:
         """Merge one model's maximum, sums and top token; returns e^(own - maximum)."""
         max_field, sum_field, gap_field, mean_field, top_field = fields
-        highest, top = own.max(1) if self.traced else _maximum(own)
+        highest, top = own.max(1) if self.traced else row_maximum(own)
         higher = highest > state[max_field]
         state[top_field] = torch.where(higher, (top + self.vocab_start).to(state.dtype), state[top_field])
         if top_field == STUDENT_TOP and self.options.kind in MIXTURES:
