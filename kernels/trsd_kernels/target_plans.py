@@ -149,12 +149,10 @@ class _CachedPlan(ABC):
         """Terms of one chunk; its gradients go into ``sums``."""
 
     def softmax_rows(self, logits: Tensor) -> tuple[TorchRows, Tensor]:
-        """The row passes over raw student logits, no label among them, and their complete state."""
+        """The row passes over raw student logits, no label among them, and their empty state."""
         nowhere = torch.full((logits.shape[0],), -1, device=logits.device)
         rows = self.rows_class(self.softmax, logits, None, nowhere, student_bias=self.head.bias)
-        state = new_state(logits.shape[0], dtype=self.state_dtype, device=logits.device)
-        rows.accumulate(state)
-        return rows, state
+        return rows, new_state(logits.shape[0], dtype=self.state_dtype, device=logits.device)
 
     def transformed(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(z, dz / dlogits) of raw logits [C, j] that belong to ``tokens`` [C, j]."""
@@ -177,6 +175,7 @@ class TopKPlan(_CachedPlan):
         label_z, label_slope = self.transformed(logits.gather(1, labels[:, None]), labels[:, None])
         logits.scatter_(1, targets.token_ids, -math.inf)
         rows, state = self.softmax_rows(logits)
+        rows.accumulate(state)
         tail_lse, _, tail_plain = log_normalizers(state, self.softmax)
         top_u = top_z / self.options.temperature
         lse = torch.logaddexp(tail_lse, top_u.logsumexp(1))
@@ -240,11 +239,12 @@ class VectorPlan(_CachedPlan):
         logits = product(hidden, self.head.weight.T)
         label_z, _ = self.transformed(logits.gather(1, labels[:, None]), labels[:, None])
         rows, state = self.softmax_rows(logits)
+        gradient = rows.complete(state, weights if self.needs.hidden_states else None, self.state_dtype)
         lse, _, plain = log_normalizers(state, self.softmax)
         vectors = targets.vectors.to(self.state_dtype)
         mean_z = scale * (torch.linalg.vecdot(hidden.to(self.state_dtype), vectors) + targets.mean_bias)
-        if self.needs.hidden_states:
-            expected = accurate_product(rows.gradient(state, weights, self.state_dtype), self.head.weight)
+        if gradient is not None:
+            expected = accurate_product(gradient, self.head.weight)
             target = weights[1][:, None] / options.temperature * vectors
             if options.alpha < 1.0:
                 target += weights[0][:, None] * self.head.weight[labels].to(self.state_dtype)
