@@ -25,6 +25,7 @@ from bench.record import GIB
 from bench.results_files import Suite
 
 MIB = 2**20
+COMPILED = ", compiled"
 HOW = "medians, bands between the quartiles"
 Points = Sequence[tuple[float, InTurnLine]]
 
@@ -86,10 +87,17 @@ def against_branches(suite: Suite, folder: Path) -> list[Picture]:
 
 
 def _styles(contenders: Iterable[str], warm: set[str] | None = None) -> dict[str, dict[str, Any]]:
-    """A colour and a marker each: warm ones for who is named, or for others than ours."""
+    """A colour and a marker each: warm ones for who is named, or for others than ours.
+
+    Who is compiled looks like who is not, with a dashed line and hollow markers.
+    """
     found: dict[str, dict[str, Any]] = {}
     places = {OURS: 0, OTHERS: 0}
     for name in in_order(contenders):
+        plain = name.removesuffix(COMPILED)
+        if plain != name and plain in found:
+            found[name] = found[plain] | {"ls": "--", "mfc": "white"}
+            continue
         is_warm = not is_ours(name) if warm is None else name in warm
         palette = OTHERS if is_warm else OURS
         found[name] = style(palette, places[palette])
@@ -110,14 +118,20 @@ def _draw(curves: Curves, path: Path) -> bool:
         axes.set_xlim(0, 1.05 * max(x for x, _ in curves.lines))
         if all(float(x).is_integer() for x in curves.places):
             axes.set_xticks(curves.places, [f"{x:.0f}" for x in curves.places])
-    handles = _handles(curves)
-    # One row where it fits, for matplotlib fills columns first.
-    columns = len(handles) if sum(7 + len(each.get_label()) for each in handles) < 135 else (len(handles) + 1) // 2
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, columnspacing=1.6
-    )
+    _legend(figure, _handles(curves))
     save(figure, path)
     return True
+
+
+def _legend(figure: Any, handles: list[Any]) -> None:
+    """Below the panels, in as many columns as fit the figure."""
+    for columns in range(len(handles), 0, -1):
+        legend = figure.legend(
+            handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, columnspacing=1.6
+        )
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def _handles(curves: Curves) -> list[Any]:

@@ -231,6 +231,25 @@ def test_fractions_of_a_setting_share_a_table_and_missing_ones_are_no_fault(make
     assert [path.name for path in tmp_path.rglob("*.png")] == ["fractions-qwen3-8b-qwen3-4b-4096-tokens.png"]
 
 
+def test_who_is_compiled_looks_like_who_is_not_and_the_legend_fits_the_picture(make_page, monkeypatch):
+    plain = [REFERENCE, "LSP reference, best settings", ONLINE, f"{ONLINE}, lean", "ours, teacher cached"]
+    names = [*plain, *(f"{name}, compiled" for name in plain)]
+    figures = []
+    monkeypatch.setattr("bench.page_curves.save", lambda figure, path: figures.append(figure))
+    make_page({"training": [training(f, name, **timed(1000 * f, 1000)) for f in (0.5, 1.0) for name in names]})
+    (figure,) = figures
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width and {text.get_text() for text in legend.texts} == set(names)
+    handles = {handle.get_label(): handle for handle in legend.legend_handles}
+    looks = {(handle.get_color(), handle.get_marker()) for name, handle in handles.items() if name in plain}
+    assert len(looks) == len(plain)
+    for name in plain:
+        compiled = handles[f"{name}, compiled"]
+        assert compiled.get_color() == handles[name].get_color() and compiled.get_linestyle() == "--"
+
+
 def test_settings_at_several_numbers_of_branches_are_curves(make_page, tmp_path):
     lines = [
         branched(2, "ours, branches", **timed(100, 100)),
