@@ -6,9 +6,12 @@ from itertools import product
 import pytest
 import torch
 from distillation_cases import DIVERGENCES, not_interpreted
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from trsd_kernels import DistillOptions, fused_distillation, torch_rows
 from trsd_kernels.linear_ops import CPU_CHUNK_ROWS, rows_per_chunk
+from trsd_kernels.logits_distill import _has_values
 from trsd_kernels.row_state import finish, new_state
 from trsd_kernels.torch_rows import SEGMENT, TorchRows, row_maximum
 
@@ -98,6 +101,21 @@ def test_a_cpu_takes_no_more_rows_at_a_time_than_fill_a_product():
     assert small == rows_per_chunk(64, torch.float32, torch.device("cpu"), 2**30) == CPU_CHUNK_ROWS
     assert rows_per_chunk(2**20, torch.float32, torch.device("cpu"), 2**26) == 8
     assert rows_per_chunk(64, torch.float32, torch.device("meta"), 2**26) == 2**26 // (2 * 4 * 64)
+
+
+def test_only_what_lies_on_a_cpu_and_is_not_traced_is_looked_at():
+    seen = []
+
+    def trace(tensor):
+        seen.append(_has_values(tensor))
+        return tensor + 1
+
+    logits = torch.ones(2, 3)
+    make_fx(trace)(logits)
+    with FakeTensorMode() as mode:
+        seen += [_has_values(mode.from_tensor(logits)), _has_values(torch.empty(2, 3, device="cuda"))]
+    assert seen == [False] * 3 and not _has_values(logits.to("meta"))
+    assert _has_values(logits) and _has_values(torch.nn.Parameter(logits))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

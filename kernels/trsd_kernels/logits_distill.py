@@ -34,8 +34,8 @@ logging.getLogger("torch._library.triton").addFilter(lambda record: "Triton not 
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Whether a pass may look at what it works on: not where it is only being traced."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta and get_proxy_mode() is None
+    """Whether a pass may look at what it works on: not on a GPU, which it would wait for, nor where it is traced."""
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter) and get_proxy_mode() is None
 
 
 def _rows(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, options: DistillOptions):

@@ -17,7 +17,7 @@ def expectation(weights: Tensor, values: Tensor, masked: bool, out: Tensor | Non
 
 
 def halves(options: DistillOptions) -> bool:
-    """Both models have the same share, which a third of the arithmetic does for."""
+    """Both models have the same share, so that one exponential serves both."""
     return options.kind == "jsd" and options.teacher_share == 0.5
 
 
