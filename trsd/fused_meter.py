@@ -11,16 +11,16 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from trsd.live_bytes import LiveBytes
+from trsd.meta_results import MetaResults, storages_in, tensors_in
 from trsd.step_meter import ELEMENTWISE, StepMeter, moved_bytes
 
 
@@ -58,6 +58,7 @@ class _Run:
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self.graph, nodes = graph, list(graph.graph.nodes)
+        self.results = MetaResults(pure=True)
         last = {used: node for node in nodes for used in node.all_input_nodes}
         self.steps = [(node, [used for used in node.all_input_nodes if last[used] is node]) for node in nodes]
 
@@ -81,21 +82,19 @@ class _Run:
         if node.op == "get_attr":
             return getattr(self.graph, node.target)
         if node.op == "call_module":
-            return _as_one(self.graph.get_submodule(node.target), args)
+            return self._as_one(self.graph.get_submodule(node.target), args)
         return node.target(*args, **kwargs)
 
-
-def _as_one(group: fx.GraphModule, args: tuple) -> Any:
-    """What ``group`` makes of ``args``, one operation to the meter."""
-    meters = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, LiveBytes)]
-    with _disable_current_modes():
-        result = group(*args)
-    known = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
-    results = (x for x in tree_leaves(result) if isinstance(x, Tensor))
-    made = [x for x in results if x.untyped_storage()._cdata not in known]  # else it is a view
-    for meter in meters:
-        meter.hold_results(made)
-        if made and isinstance(meter, StepMeter):
-            meter.num_fused += 1
-            meter.add(ELEMENTWISE, moved_bytes=moved_bytes([*args, *made]))
-    return result
+    def _as_one(self, group: fx.GraphModule, args: tuple) -> Any:
+        """What ``group`` makes of ``args``, one operation to the meter."""
+        meters = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, LiveBytes)]
+        with _disable_current_modes():
+            result = self.results(group, args, {})
+        known = storages_in(args)
+        made = [x for x in tensors_in(result) if x.untyped_storage()._cdata not in known]  # else it is a view
+        for meter in meters:
+            meter.hold_results(made)
+            if made and isinstance(meter, StepMeter):
+                meter.num_fused += 1
+                meter.add(ELEMENTWISE, moved_bytes=moved_bytes([*args, *made]))
+        return result

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from trsd.meta_results import MetaResults, storages_in, tensors_in
 
 
 class HeldStorages:
@@ -44,6 +45,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
         self.largest_numel = 0
         self._made = HeldStorages()
+        self._results = MetaResults()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -56,12 +58,12 @@ class LiveBytes(TorchDispatchMode):
         return self._made.num_bytes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        tensors = (x for x in tree_leaves(result) if isinstance(x, torch.Tensor))
-        made = [x for x in tensors if x.untyped_storage()._cdata not in known]
+        kwargs = kwargs or {}
+        known = storages_in((args, kwargs))
+        result = self._results(func, args, kwargs)
+        made = [x for x in tensors_in(result) if x.untyped_storage()._cdata not in known]
         self.hold_results(made)
-        self.ran(func, args, kwargs or {}, result, made=bool(made))
+        self.ran(func, args, kwargs, result, made=bool(made))
         return result
 
     def hold_results(self, tensors: Iterable[torch.Tensor]) -> None:

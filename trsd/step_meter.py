@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from trsd.live_bytes import LiveBytes
+from trsd.meta_results import tensors_in
 from trsd.quiet import quiet_imports
 
 with quiet_imports():
@@ -86,7 +86,7 @@ class StepMeter(LiveBytes):
 
 def moved_bytes(tensors: Any) -> int:
     """Of all tensors in a nest of arguments and results, each read or written once."""
-    return sum(_moved(x) for x in tree_leaves(tensors) if isinstance(x, Tensor))
+    return sum(map(_moved, tensors_in(tensors)))
 
 
 def _moved(tensor: Tensor) -> int:
