@@ -226,7 +226,7 @@ def one_rank():
 
 
 class Launcher:
-    """Runs of the trainer over several ranks, each a process; see ``rank_server.py``."""
+    """Runs over several ranks, each a process; see ``rank_server.py``."""
 
     def __init__(self):
         folder = Path(__file__).parent
@@ -236,8 +236,17 @@ class Launcher:
         self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables)
 
     def __call__(self, words, num_ranks, **options):
-        """The ranks' exit codes, what each printed, and the seconds it took."""
-        self.server.stdin.write(json.dumps({"words": words, "num_ranks": num_ranks, **options}) + "\n")
+        """Of the trainer: the ranks' exit codes, what each printed, and the seconds it took."""
+        return self._ask(words=words, num_ranks=num_ranks, **options)
+
+    def call(self, function, *arguments, num_ranks=2):
+        """Of a test module's ``function``, which finds its rank in the environment; arguments are JSON."""
+        name = [function.__module__, function.__name__]
+        codes, logs, _ = self._ask(function=name, arguments=arguments, num_ranks=num_ranks, seconds=300)
+        assert codes == [0] * num_ranks, f"exit codes {codes}:\n" + "\n".join(logs)
+
+    def _ask(self, **request):
+        self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         found = json.loads(self.server.stdout.readline())
         return found["codes"], found["logs"], found["seconds"]

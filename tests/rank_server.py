@@ -1,11 +1,13 @@
 """Runs of several ranks for the tests: forks them after the imports, which take seconds, and says how each ended.
 
-Reads a line of JSON for each run: ``{"words": [...], "num_ranks": 2, "accident": "nan", "seconds": 60}``. It computes
+Reads a line of JSON for each run, of the trainer ``{"words": [...], "num_ranks": 2, "accident": "nan", "seconds": 60}``
+or of a test module's function ``{"function": ["module", "name"], "arguments": [...], "num_ranks": 2}``. It computes
 nothing itself, so its children may.
 """
 
 import errno
 import gc
+import importlib
 import json
 import os
 import shutil
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import bare_reports
 import matplotlib.pyplot  # noqa: F401 - here, not in every child
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from forked import run_and_exit
 
@@ -140,13 +143,19 @@ def accident(kind):
 
 def rank_main(rank, request, port):
     """The life of one rank."""
-    bare_reports.leave_out()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores both
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if request["num_ranks"] > 1:
         size = str(request["num_ranks"])
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if "function" in request:
+        module, name = request["function"]
+        getattr(importlib.import_module(module), name)(*request["arguments"])
+        if dist.is_initialized():
+            dist.barrier()  # no rank leaves while another still talks to it
+        return
+    bare_reports.leave_out()
     if request.get("accident"):
         accident(request["accident"])
     train.main(request["words"])

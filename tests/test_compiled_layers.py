@@ -72,7 +72,11 @@ def test_rows_of_every_shape_and_all_layers_share_one_compilation(kind):
     "kind,extra",
     [
         ("mixtral", dict(num_local_experts=4)),
-        ("qwen3_moe", dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)),
+        pytest.param(
+            "qwen3_moe",
+            dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_experts_stay_outside_like_attention(kind, extra):

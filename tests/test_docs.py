@@ -52,8 +52,9 @@ VLLM_SERVE = {"--port", "--max-model-len", "--served-model-name", "--tensor-para
 VLLM_SERVE |= {"--generation-config", "--reasoning-parser", "--reasoning-config"}
 # Flags of other programs that prose names: SLURM's, vLLM's, llama.cpp's.
 OTHERS_FLAGS = {"--signal", "--generation-config", "--reasoning-budget"}
-# Longer than two seconds or so even in small; they are parsed in the fast tests.
+# Longer than two seconds or so even in small; they are parsed in the fast tests, which run one of the plans.
 SLOW = ("bench.error_table", "bench.predict", "trsd.sweep", "trsd.demo.make_reasoner")
+COMPILING = {"--compile", "--compiled"}
 OPTIONAL = {"trl", "lightning", "datasets", "peft", "openai", "vllm", "wandb", "trackio", "tensorboard", "accelerate"}
 OPTIONAL |= {"liger_kernel", "math_verify", "bitsandbytes", "torchao", "pyarrow", "httpx", "kernels", "llama_cpp"}
 
@@ -79,6 +80,12 @@ def ours(command):
         if place + 1 < len(words) and words[place + 1].split(".")[0] in ("trsd", "bench"):
             return words[place + 1], words[place + 2 :]
     return None
+
+
+def is_slow(command):
+    module, words = ours(command)
+    one_of_the_plans = module == "trsd.plan" and not command.place.startswith("README.md")
+    return module in SLOW or one_of_the_plans or not COMPILING.isdisjoint(words)
 
 
 def named(items, place=lambda item: item.place, text=lambda item: item.text):
@@ -117,7 +124,7 @@ def test_a_command_is_parsed_as_it_is_written(command, workshop, folder):
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(each, id=f"{each.place} {each.text[:60]}", marks=[pytest.mark.slow] * (ours(each)[0] in SLOW))
+        pytest.param(each, id=f"{each.place} {each.text[:60]}", marks=[pytest.mark.slow] * is_slow(each))
         for each in OURS
     ],
 )

@@ -375,14 +375,12 @@ def test_fault_30_logits_that_are_all_huge_stay_finite(divergence):
 
 
 @not_interpreted
-@pytest.mark.parametrize(
-    "name",
-    ["odd_logits_stay_within_the_fp64_bound", "odd_sizes_and_strides_of_the_linear_loss_stay_within_the_fp64_bound"],
-)
-def test_fault_30_the_triton_kernels_pass_the_same_tests(name):
+def test_fault_30_the_triton_kernels_pass_the_same_tests():
     from test_interpreted import run_in_the_interpreter
 
-    run_in_the_interpreter(f"test_faults_numerics.py::test_fault_30_{name}")
+    names = "odd_logits", "odd_sizes_and_strides_of_the_linear_loss"
+    tests = (f"test_faults_numerics.py::test_fault_30_{name}_stay_within_the_fp64_bound" for name in names)
+    run_in_the_interpreter(*tests)
 
 
 # 34: threads, hash seeds, order

@@ -2,14 +2,11 @@
 
 import math
 import os
-import socket
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import REASONER, make_traces
 from integration_cases import padded_model
 from torch.distributed.fsdp import FSDPModule
@@ -162,12 +159,11 @@ def trained(trainer, folder=None):
     return Found(trainer.state.log_history, weights, shards, dtypes)
 
 
-def run_rank(rank, port, folder):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "CI": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def run_rank(folder):
+    os.environ["CI"] = "1"
+    folder, rank = Path(folder), int(os.environ["RANK"])
     from accelerate.state import AcceleratorState
 
-    torch.set_num_threads(1)
     allow_on_cpus()
     found = {}
     for case in CASES:
@@ -177,18 +173,13 @@ def run_rank(rank, port, folder):
         found[case] = trained(trainer, folder / "saved" if case == "untied" else None)
     if rank == 0:
         torch.save(found, folder / "found.pt")
-    dist.barrier()  # no rank leaves while another still talks to it
-    os._exit(0)  # gloo's threads may end badly on the way out
 
 
 @pytest.fixture(scope="module")
-def over_ranks(tmp_path_factory):
+def over_ranks(tmp_path_factory, launch):
     """(what two ranks found of each case, the folder it was saved in)."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(run_rank, args=(port, folder), nprocs=2)
+    launch.call(run_rank, str(folder))
     return torch.load(folder / "found.pt", weights_only=False), folder
 
 

@@ -1,12 +1,8 @@
 """The loss among what trainers put around it: compile, checkpointing, autocast, accumulation, tied heads, FSDP2."""
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from distillation_cases import DIVERGENCES, make_case
 from torch import nn
 
@@ -203,12 +199,10 @@ class Head(nn.Module):
         return self.distill(hidden, self.weight, *teacher, case.labels).loss
 
 
-def run_fsdp(rank, world_size, port, folder):
+def run_fsdp(file):
     from torch.distributed.fsdp import fully_shard
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo")
     case = make_case(vocab=31, dtype=torch.float32)
     student = Student(case)
     sharded = fully_shard(student.head), fully_shard(student)
@@ -221,20 +215,12 @@ def run_fsdp(rank, world_size, port, folder):
         raise AssertionError("a sharded weight was taken")
     student(case).backward()
     full = {name: parameter.grad.full_tensor() for name, parameter in student.named_parameters()}
-    if rank == 0:
-        torch.save(full, folder / "gradients.pt")
-    dist.barrier()  # no rank leaves while another still talks to it
-    dist.destroy_process_group()
+    if dist.get_rank() == 0:
+        torch.save(full, file)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def test_fsdp2_gives_the_gradients_of_one_process(tmp_path):
-    mp.spawn(run_fsdp, args=(2, free_port(), tmp_path), nprocs=2)
+def test_fsdp2_gives_the_gradients_of_one_process(tmp_path, launch):
+    launch.call(run_fsdp, str(tmp_path / "gradients.pt"))
     case = make_case(vocab=31, dtype=torch.float32)
     student = Student(case)
     student(case).backward()

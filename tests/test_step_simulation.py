@@ -114,7 +114,9 @@ def measured(recipe):
         dict(loss_chunk_bytes=2**18),
         dict(divergence="jsd"),
         dict(torch_compile=True),
-        dict(method="lsp", torch_compile=True, gradient_checkpointing=True),
+        pytest.param(
+            dict(method="lsp", torch_compile=True, gradient_checkpointing=True), marks=pytest.mark.slow, id="recomputed"
+        ),
     ],
     ids=str,
 )

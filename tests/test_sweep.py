@@ -105,6 +105,25 @@ def words(tmp_path, tokenizer, think, tiny_folder):
     return [word for key, value in flags.items() for word in (f"--{key}", str(value))]
 
 
+@pytest.fixture
+def without_processes(monkeypatch, request):
+    """Trainings run in this process, without a report unless asked for: a process of its own takes seconds to begin."""
+
+    def run(command, *, stdout, stderr):
+        assert command[1:3] == ["-m", "trsd.train"] and stderr == subprocess.STDOUT
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
+            try:
+                train.main(command[3:])
+            except SystemExit as exit_:
+                return subprocess.CompletedProcess(command, exit_.code)
+        return subprocess.CompletedProcess(command, 0)
+
+    if "whole_report" not in request.fixturenames:
+        bare_reports.leave_out(monkeypatch.setattr)
+    monkeypatch.setattr(sweeping.subprocess, "run", run)
+
+
+@pytest.mark.usefixtures("whole_report", "without_processes")
 def test_a_sweep_trains_evaluates_reports_and_resumes(words, tmp_path, capsys, monkeypatch):
     options = ["--fractions", "0.5,1.0", "--sides", "left,right"]
     sweep.main([*words, *options])
@@ -128,23 +147,6 @@ def test_a_sweep_trains_evaluates_reports_and_resumes(words, tmp_path, capsys, m
     with pytest.raises(SystemExit):
         sweep.main([*words, *options, "--learning_rate", "0.5"])
     assert "sweep was made with other learning_rate" in capsys.readouterr().err
-
-
-@pytest.fixture
-def without_processes(monkeypatch):
-    """Trainings run in this process, and without a report: a process of its own takes seconds to begin."""
-
-    def run(command, *, stdout, stderr):
-        assert command[1:3] == ["-m", "trsd.train"] and stderr == subprocess.STDOUT
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
-            try:
-                train.main(command[3:])
-            except SystemExit as exit_:
-                return subprocess.CompletedProcess(command, exit_.code)
-        return subprocess.CompletedProcess(command, 0)
-
-    bare_reports.leave_out(monkeypatch.setattr)
-    monkeypatch.setattr(sweeping.subprocess, "run", run)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,10 @@ def test_operations_are_those_that_torch_counts(steps):
     assert 0.6 < steps.flops(teacher=False) / steps.flops(teacher=True) < 0.9
 
 
-@pytest.mark.parametrize("best,recomputed,compiled", [(False, True, False), (True, False, False), (True, False, True)])
+@pytest.mark.parametrize(
+    "best,recomputed,compiled",
+    [(False, True, False), (True, False, False), pytest.param(True, False, True, marks=pytest.mark.slow)],
+)
 def test_the_references_memory_is_predicted(shared, tmp_path, best, recomputed, compiled):
     pair, how = CPU_PAIRS[0], dict(best=best, recomputed=recomputed)
     step = PairSteps(pair, 1.0, shared, tmp_path).reference(**how)

@@ -1,12 +1,10 @@
 """Heads sharded over two and three processes against one process that holds them whole."""
 
-import os
-import socket
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from distillation_cases import DIVERGENCES, FP32_BOUND, REGIMES, make_case, relative_error
 
 from trsd_kernels import fused_linear_distillation
@@ -38,8 +36,9 @@ def shard_of(tensors, rank, world_size):
     }
 
 
-def run_cases(rank, world_size, folder):
-    results = []
+def run_cases(folder):
+    dist.init_process_group("gloo")
+    rank, world_size, results = dist.get_rank(), dist.get_world_size(), []
     for case in CASES:
         tensors = shard_of(build(case).tensors(), rank, world_size)
         out = vocab_parallel_distillation(**tensors, chunk_size=5, **options_of(case))
@@ -50,10 +49,12 @@ def run_cases(rank, world_size, folder):
     losses = vocab_parallel_distillation(**tensors, reduction="none").loss
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(losses.sum(), tensors["student_hidden_states"], create_graph=True)
-    torch.save((results, losses.detach()), folder / f"{rank}.pt")
+    torch.save((results, losses.detach()), Path(folder, f"{rank}.pt"))
 
 
-def run_refusals(rank, world_size, folder):
+def run_refusals(folder):
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     tensors = shard_of(build(CASES[0]).tensors(), rank, world_size)
     messages = []
     for changed in (
@@ -69,29 +70,18 @@ def run_refusals(rank, world_size, folder):
             vocab_parallel_distillation(**tensors | changed)
         except ValueError as error:
             messages.append(str(error))
-    torch.save(messages, folder / f"{rank}.pt")
+    torch.save(messages, Path(folder, f"{rank}.pt"))
 
 
-def start(rank, world_size, port, folder, work):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    work(rank, world_size, folder)
-    dist.barrier()  # no rank leaves while another still talks to it
-    dist.destroy_process_group()
-
-
-def spawn(world_size, folder, work):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(start, args=(world_size, port, folder, work), nprocs=world_size)
+def over_ranks(launch, work, world_size, folder):
+    """What each rank saved of ``work``."""
+    launch.call(work, str(folder), num_ranks=world_size)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_sharded_heads_give_the_single_process_result(world_size, tmp_path):
-    ranks = spawn(world_size, tmp_path, run_cases)
+def test_sharded_heads_give_the_single_process_result(world_size, tmp_path, launch):
+    ranks = over_ranks(launch, run_cases, world_size, tmp_path)
     for index, case in enumerate(CASES):
         whole = build(case)
         out = fused_linear_distillation(**whole.tensors(), **options_of(case))
@@ -115,8 +105,8 @@ def test_sharded_heads_give_the_single_process_result(world_size, tmp_path):
         torch.testing.assert_close(losses, alone, rtol=1e-5, atol=1e-6)
 
 
-def test_what_one_rank_refuses_every_rank_raises(tmp_path):
-    first, second = spawn(2, tmp_path, run_refusals)
+def test_what_one_rank_refuses_every_rank_raises(tmp_path, launch):
+    first, second = over_ranks(launch, run_refusals, 2, tmp_path)
     assert len(first) == len(second) == 7
     assert "rank 1 of the group refused" in first[0] and "token_weights" in second[0]
     assert "the same labels on every rank" in first[1] and "the same labels on every rank" in second[1]

@@ -4,7 +4,7 @@ import random
 from collections import defaultdict
 from fractions import Fraction
 
-PART = Fraction(1, 2)
+PART = Fraction(1, 3)
 
 
 def left_out(items):
