@@ -55,6 +55,7 @@ OTHERS_FLAGS = {"--signal", "--generation-config", "--reasoning-budget"}
 # Longer than two seconds or so even in small; they are parsed in the fast tests, which run one of the plans.
 SLOW = ("bench.error_table", "bench.predict", "trsd.sweep", "trsd.demo.make_reasoner")
 COMPILING = {"--compile", "--compiled"}
+SLOW_PAGES = {"docs/integrations.md"}  # it imports and runs every trainer
 OPTIONAL = {"trl", "lightning", "datasets", "peft", "openai", "vllm", "wandb", "trackio", "tensorboard", "accelerate"}
 OPTIONAL |= {"liger_kernel", "math_verify", "bitsandbytes", "torchao", "pyarrow", "httpx", "kernels", "llama_cpp"}
 
@@ -236,7 +237,13 @@ def said(claim, printed):
 PAGES_WITH_PYTHON = [page for page in pages() if blocks("python", of=page)]
 
 
-@pytest.mark.parametrize("page", named(PAGES_WITH_PYTHON, place=name_of, text=lambda page: ""))
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] * (name_of(page) in SLOW_PAGES))
+        for page in PAGES_WITH_PYTHON
+    ],
+)
 def test_python_of_a_page_runs_and_prints_what_it_says(page, folder):
     nodes = list(statements_of(page))
     tree = ast.Module([node for node, _ in nodes], [])

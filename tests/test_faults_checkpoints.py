@@ -79,8 +79,8 @@ def test_fault_01_killed_within_a_save_the_newest_checkpoint_verifies():
 
 
 def test_fault_01_and_06_runs_killed_at_random_come_to_the_same_losses_and_weights():
-    said = soak("training", "--rounds", "6")
-    assert said.startswith("6 kills") and int(said.split(", ")[1].split()[0]) > 0, said
+    said = soak("training", "--rounds", "4")
+    assert said.startswith("4 kills") and int(said.split(", ")[1].split()[0]) > 0, said
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state/optimizer.safetensors", "state/trainer.json"])

@@ -396,7 +396,10 @@ train.main(sys.argv[2:])
 @not_interpreted
 @pytest.mark.parametrize(
     "hash_seed,flags",
-    [("1", dict(branches_per_trace=3, anchor_share=0.3)), ("4242", dict(method="sft"))],
+    [
+        ("1", dict(branches_per_trace=3, anchor_share=0.3)),
+        pytest.param("4242", dict(method="sft"), marks=pytest.mark.slow),
+    ],
 )
 def test_fault_34_hash_seeds_and_what_ran_before_change_no_bit(run, words, hash_seed, flags, tmp_path):
     """A fresh process with a hash seed of its own, and this one, which has run other things and drawn numbers."""

@@ -94,7 +94,9 @@ def test_heads_spread_over_the_vocabulary_give_the_losses_of_whole_ones(ran, tmp
     assert losses(three) == before
 
 
-@pytest.mark.parametrize("flags", [dict(teacher="adapter_off"), dict(teacher="vector_cache")])
+@pytest.mark.parametrize(
+    "flags", [dict(teacher="adapter_off"), pytest.param(dict(teacher="vector_cache"), marks=pytest.mark.slow)]
+)
 def test_an_adapter_trains_and_resumes_over_ranks_as_in_one(ran, flags):
     pytest.importorskip("peft")
     flags = dict(lora_rank=4, save_steps=2) | flags

@@ -36,6 +36,17 @@ def make_plan(*words):
     return planner.run(arguments, recipe)
 
 
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    """Leaves out the alternative whose tracing takes most of a small plan's time."""
+    all_of_them = planner.alternatives
+
+    def without(*args, **kwargs):
+        return [change for change in all_of_them(*args, **kwargs) if "torch_compile" not in change]
+
+    monkeypatch.setattr(planner, "alternatives", without)
+
+
 def test_a_plan_says_memory_time_disk_and_what_fits(capsys):
     text = planned(capsys, *SMALL, "--gpu", "H200")
     for wanted in ("optimizer state", "it fits", "s at least", "teacher targets on disk", "the recipe as it is"):
@@ -45,7 +56,7 @@ def test_a_plan_says_memory_time_disk_and_what_fits(capsys):
     assert sum(parts) == pytest.approx(total, abs=0.05)
 
 
-def test_what_does_not_fit_names_the_settings_that_would():
+def test_what_does_not_fit_names_the_settings_that_would(nothing_compiled):
     enough = make_plan(*SMALL, "--gpu", "H200")
     found = make_plan(*SMALL, "--gpu", "H200", "--gpu_memory", f"{0.999 * enough.needed(enough.cost) / GIB:.6f}")
     assert found.fits(found.cost) is False
@@ -80,7 +91,7 @@ def test_a_shipped_recipe_can_be_planned():
     assert recipe.teacher_model_name_or_path == "Qwen/Qwen3-8B" and arguments.gpus == 2
 
 
-def test_several_gpus_share_all_but_activations():
+def test_several_gpus_share_all_but_activations(nothing_compiled):
     one, four = (make_plan(*SMALL, "--gpu", "H100", "--gpus", count) for count in "14")
     before, after = one.held(one.cost), four.held(four.cost)
     assert after["optimizer state"] == before["optimizer state"] / 4
@@ -88,7 +99,7 @@ def test_several_gpus_share_all_but_activations():
     assert after["gathered: two layers, a head"] > 0
 
 
-def test_caches_are_counted_for_all_traces(capsys):
+def test_caches_are_counted_for_all_traces(capsys, nothing_compiled):
     text = planned(capsys, *SMALL, "--gpu", "cpu", "--answer_tokens", "100", "--num_traces", "1000000")
     assert "teacher targets on disk: 71.53 GiB for 1,000,000 traces (hidden_cache)" in text  # 100 rows of 192 fp32
     assert "teacher targets on disk: none" in planned(capsys, *SMALL, "--method", "sft", "--gpu", "cpu")
@@ -135,7 +146,7 @@ def test_settings_that_are_set_are_not_offered():
     assert [*together(offered)] == [{"teacher": "hidden_cache", "max_tokens_per_batch": 8192}]
 
 
-def test_a_device_without_known_memory_fits_nothing_and_refuses_nothing():
+def test_a_device_without_known_memory_fits_nothing_and_refuses_nothing(nothing_compiled):
     found = make_plan(*SMALL, "--gpu", "cpu")
     assert isinstance(found, Plan) and found.fits(found.cost) is None
     assert all(len(change) == 1 for change, _ in found.alternatives)
@@ -176,7 +187,7 @@ def test_a_folder_is_read_whatever_it_is_called(tmp_path, tiny_folder):
     assert config_of(str(named)).hidden_size == 64
 
 
-def test_an_epoch_is_as_many_steps_as_its_traces_need(capsys):
+def test_an_epoch_is_as_many_steps_as_its_traces_need(capsys, nothing_compiled):
     found = make_plan(*SMALL, "--gpu", "H100")
     step = sum(found.cost.seconds.values())
     count = round(3600 * 4 / step)  # of four traces a step: an hour
