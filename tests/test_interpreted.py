@@ -23,12 +23,13 @@ def run_in_the_interpreter(*names, which="not slow"):
     """The tests of files, or single tests, in one process, for every start takes seconds."""
     pytest.importorskip("triton")
     marked = f"not gpu and {which}"
-    command = [sys.executable, "-m", "pytest", "-x", "-m", marked, "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-x", "-rp", "-m", marked, "-p", "no:cacheprovider"]
     command += [str(HERE / name) for name in names]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
     result = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, env=environment)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    silent = [name for name in names if f"PASSED tests/{name}" not in result.stdout]
+    assert not silent, f"nothing of {', '.join(silent)} ran: {result.stdout[-2000:]}"
 
 
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from torch.utils.flop_counter import flop_registry
 
 from trsd.live_bytes import LiveBytes
-from trsd.meta_results import MetaResults, storages_in, tensors_in
+from trsd.meta_results import MetaResults, new_tensors
 from trsd.step_meter import ELEMENTWISE, StepMeter, moved_bytes
 
 
@@ -90,8 +90,7 @@ class _Run:
         meters = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, LiveBytes)]
         with _disable_current_modes():
             result = self.results(group, args, {})
-        known = storages_in(args)
-        made = [x for x in tensors_in(result) if x.untyped_storage()._cdata not in known]  # else it is a view
+        made = new_tensors(result, args)
         for meter in meters:
             meter.hold_results(made)
             if made and isinstance(meter, StepMeter):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trsd.meta_results import MetaResults, storages_in, tensors_in
+from trsd.meta_results import MetaResults, new_tensors
 
 
 class HeldStorages:
@@ -59,9 +59,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        known = storages_in((args, kwargs))
         result = self._results(func, args, kwargs)
-        made = [x for x in tensors_in(result) if x.untyped_storage()._cdata not in known]
+        made = new_tensors(result, (args, kwargs))
         self.hold_results(made)
         self.ran(func, args, kwargs, result, made=bool(made))
         return result

@@ -51,9 +51,10 @@ def tensors_in(nest: Any) -> Iterator[Tensor]:
         yield from tensors_in(list(nest.values()))
 
 
-def storages_in(nest: Any) -> set[int]:
-    """What tells the storages of all tensors of ``nest`` apart, as long as they live."""
-    return {tensor.untyped_storage()._cdata for tensor in tensors_in(nest)}
+def new_tensors(result: Any, given: Any) -> list[Tensor]:
+    """The tensors of ``result`` that are no views of ``given``."""
+    storages = {tensor.untyped_storage()._cdata for tensor in tensors_in(given)}
+    return [tensor for tensor in tensors_in(result) if tensor.untyped_storage()._cdata not in storages]
 
 
 class _NotMeta(Exception):
