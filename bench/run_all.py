@@ -62,7 +62,7 @@ def in_parallel() -> tuple[str, ...]:
     return "-n", str(min(MOST_PROCESSES, os.cpu_count() or 1)), "--dist", "worksteal"
 
 
-REST = ("decoding", "teacher_caches", "checkpoints", "overheads")
+REST = ("teacher_caches", "checkpoints", "overheads", "decoding")
 BENCHMARK = ("--benchmark-only", "--benchmark-quiet")
 
 

@@ -5,9 +5,11 @@ Weights and tokens are random; lengths and their sections are the paper's (``trs
 
 from typing import NamedTuple
 
+import torch
 from transformers import PreTrainedConfig, Qwen3Config
 
 from trsd.model_shapes import SHAPES
+from trsd.step_simulation import build_on_meta
 
 
 def small_qwen3(hidden_size: int, num_layers: int) -> Qwen3Config:
@@ -78,6 +80,22 @@ GPU_PAIRS = (
     Pair("Qwen3-8B", "Qwen3-4B", 4096, 2, ALL_FRACTIONS),
     Pair("Qwen3-8B", "Qwen3-1.7B", 4096, 2, (0.5, 1.0, 0.25, 0.75)),
 )
-GPU_BRANCHES = (Branches("Qwen3-4B", 8192, 8, 256),)
+GPU_BRANCHES = (Branches("Qwen3-4B", 8192, 8, 256), Branches("Qwen3-1.7B", 8192, 8, 256))
 CPU_PAIRS = (Pair("small teacher", "small student", 256, 2, (0.5, 1.0, 0.25, 0.75)),)
 CPU_BRANCHES = (Branches("small student", 256, 8, 16, num_traces=2, prompt_length=16),)
+
+STUDENT_BYTES, TEACHER_BYTES = 18, 2  # a parameter: weights, copies, moments and gradients; weights
+SHARE_OF_MODELS = 0.8  # of the memory; the rest is what steps make
+
+
+def those_that_fit(pairs: tuple[Pair, ...], branches: tuple[Branches, ...]) -> tuple[tuple[Pair, ...], list[Branches]]:
+    """The pairs whose models leave room for steps on this GPU, all where none does; and the first such branches."""
+    room = SHARE_OF_MODELS * torch.cuda.get_device_properties(0).total_memory
+    fitting = tuple(pair for pair in pairs if held_by(pair.student, pair.teacher) < room)
+    return fitting or pairs, [each for each in branches if held_by(each.model, each.model) < room][:1] or [branches[-1]]
+
+
+def held_by(student: str, teacher: str) -> int:
+    """Bytes of a pair's models while a student with fp32 weights is trained."""
+    shares = ((student, STUDENT_BYTES), (teacher, TEACHER_BYTES))
+    return sum(each * build_on_meta(config_named(name), torch.bfloat16).num_parameters() for name, each in shares)

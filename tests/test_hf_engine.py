@@ -20,7 +20,7 @@ from transformers import (
 
 from trsd.engines import Continuation, Sampling, hf, one
 from trsd.engines.hf import draw_tokens
-from trsd.engines.slots import common_length
+from trsd.engines.slots import Slots, common_length
 from trsd.errors import InputError
 from trsd.models import PACKED_ATTENTION, with_attention
 
@@ -220,6 +220,15 @@ def test_a_gpu_writes_what_the_cpu_writes(tokenizer, temperature):
     scripts = lambda: [branching(prompt, (0, 5, 12), 10 * i) for i, prompt in enumerate(contexts(9))]  # noqa: E731
     on_cpu = dict(engine_of(model, tokenizer, 4).run(scripts(), sampling))
     assert dict(engine_of(model.cuda(), tokenizer, 4).run(scripts(), sampling)) == on_cpu
+
+
+def test_under_autocast_keys_are_kept_as_attention_takes_them(tokenizer, monkeypatch):
+    """Rotated, an fp32 model's keys are fp32, and every later token would cast all of them."""
+    kept, begin = [], Slots.begin
+    monkeypatch.setattr(Slots, "begin", lambda self, *told: (kept.append(self), begin(self, *told))[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        write(engine_of(make_tiny_model(tokenizer), tokenizer, 4), wishes(contexts(4), 2))
+    assert {each.dtype for slots in kept for each in (*slots.keys, *slots.values)} == {torch.bfloat16}
 
 
 def test_stop_ids_end_a_continuation_and_are_written(tokenizer):

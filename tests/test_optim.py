@@ -62,6 +62,16 @@ def test_only_matrices_decay():
     assert {group["lr"] for group in optimizer.param_groups} == {0.25}
 
 
+def test_state_is_handed_out_where_it_lies():
+    """The checkpoint copies it: to the CPU at once would be a second copy there, beside the one that is written."""
+    here = torch.nn.Linear(2, 3, device="meta")  # stands for a GPU
+    optimizer = torch.optim.AdamW(here.parameters())
+    here(torch.ones(1, 2, device="meta")).sum().backward()
+    optimizer.step()
+    found = state_tensors(here, optimizer)
+    assert found["exp_avg/weight"].device.type == "meta" and found["exp_avg/weight"].shape == (3, 2)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_restored_step_counter_lies_where_the_optimizer_looks_for_it(fused):
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trsd import student_loss, train
 from trsd.methods.trsd import cut_example, with_thinking
 from trsd.metrics import read_metrics
+from trsd.objective import Objective
 
 
 def weights(checkpoint):
@@ -228,8 +229,13 @@ def test_labels_alone_need_no_teacher(run):
     assert not (run("run", max_steps=1, alpha=0.0) / "teacher").exists()
 
 
-def test_thinking_term_is_the_cross_entropy_it_reports(run):
-    with_, without = (run(str(w), max_steps=1, thinking_weight=w) for w in (2.0, 0.0))
+def test_thinking_term_is_the_cross_entropy_it_reports(run, monkeypatch):
+    asked, true = [], Objective.__call__
+    monkeypatch.setattr(Objective, "__call__", lambda self, *a, **b: (asked.append(b), true(self, *a, **b))[1])
+    without = run("0.0", max_steps=1, thinking_weight=0.0)
+    num_rows = len(asked)  # nothing was learnt beside the labels: to ask costs a gradient of lm_head's size
+    with_ = run("2.0", max_steps=1, thinking_weight=2.0)
+    assert len(asked) == 3 * num_rows > 0
     one, other = (read_metrics(folder / "metrics.jsonl")[0] for folder in (with_, without))
     assert other["thinking_cross_entropy"] == 0 < one["thinking_cross_entropy"]
     assert one["loss"] == pytest.approx(other["loss"] + 2.0 * one["thinking_cross_entropy"], rel=1e-5)

@@ -1,6 +1,9 @@
 """The whole-step benchmark's parts: that the LSP reference and ours are one step, and who is refused or falls back."""
 
+import json
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,11 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import predict
 from bench import test_bench_training as suite
+from bench.contest import check, in_turn
+from bench.deadline import Deadline
+from bench.lines import TrainingLine
 from bench.lsp_reference import LSPReference, padded
 from bench.measure import NotMeasured
 from bench.predict import COMPILED, ours_forms, planned_ours, planned_reference, predictions
+from bench.record import Results
 from bench.training import BranchSteps, PairSteps, Shared
-from bench.training_settings import CPU_PAIRS, GPU_PAIRS, Branches, Pair
+from bench.training_settings import CPU_PAIRS, GPU_BRANCHES, GPU_PAIRS, Branches, Pair, those_that_fit
 from trsd.ceilings import Ceilings, known
 from trsd.compiled_layers import CompiledLayers
 from trsd.fused_meter import fused
@@ -215,7 +222,7 @@ def test_contenders_fall_back_are_refused_or_left_out_each_by_itself():
         "missing": (unavailable, either),
         "broken": (broken, either),
     }
-    fields = dict(zip(makers, suite.in_turn(FakeBenchmark(), makers, 3, apart="half"), strict=True))
+    fields = dict(zip(makers, in_turn(FakeBenchmark(), makers, 3, apart="half", deadline=Deadline()), strict=True))
     assert fields["reference"]["recomputed"] is False and fields["same"]["recomputed"] is True
     assert fields["same"]["rounds"] == fields["half"]["rounds"] == 3
     assert fields["another loss"]["outcome"] == "refused, its loss is 2.1, and 2 was expected"
@@ -226,7 +233,7 @@ def test_contenders_fall_back_are_refused_or_left_out_each_by_itself():
 
 def test_what_nothing_can_be_held_against_is_not_timed():
     makers = {"reference": (partial(FakeStep, 2.0, fits=False), (True,)), "ours": (partial(FakeStep, 2.0), (True,))}
-    _, ours = suite.in_turn(FakeBenchmark(), makers, 2, apart="")
+    _, ours = in_turn(FakeBenchmark(), makers, 2, apart="", deadline=Deadline())
     assert ours == {"outcome": "refused, there is nothing to hold it against"}
 
 
@@ -237,18 +244,93 @@ def test_a_step_of_another_objective_is_refused(steps, change):
     ours.loop.student.objective.distill = FusedLinearDistillation(**(dict(alpha=0.5) | change))
     for step in (reference, ours):
         step.work()
-    assert suite.check(ours, reference, torch.float32).startswith("refused")
+    assert check(ours, reference, torch.float32).startswith("refused")
     again = steps.online(recomputed=False)
     again.work()
-    assert suite.check(again, reference, torch.float32) == ""
+    assert check(again, reference, torch.float32) == ""
 
 
 def test_without_the_reference_there_are_times_and_no_ratios():
     makers = {"reference": (partial(FakeStep, 2.0, fits=False), (True,))}
     makers |= {name: (partial(FakeStep, 2.0), (True,)) for name in ("ours", "also ours")}
-    reference, ours, _ = suite.in_turn(FakeBenchmark(), makers, 2, apart="")
+    reference, ours, _ = in_turn(FakeBenchmark(), makers, 2, apart="", deadline=Deadline())
     assert reference == {"outcome": "out of memory"}
     assert ours["milliseconds"] == 1.0 and ours["reference_milliseconds"] is None
+
+
+class Tiring(FakeStep):
+    """A step that goes well so often, and then raises."""
+
+    def __init__(self, loss, *, recomputed, often, error):
+        super().__init__(loss, recomputed=recomputed)
+        self.often, self.error = often, error
+
+    def once(self):
+        if self.often == 0:
+            raise self.error
+        self.often -= 1
+        super().once()
+
+
+@pytest.mark.parametrize("name", ["reference", "ours"])
+def test_who_finds_no_memory_beside_the_others_leaves_them(name):
+    makers = {each: (partial(FakeStep, 2.0), (True,)) for each in ("reference", "ours", "another")}
+    makers[name] = (partial(Tiring, 2.0, often=2, error=torch.OutOfMemoryError()), (True,))
+    fields = dict(zip(makers, in_turn(FakeBenchmark(), makers, 3, apart="", deadline=Deadline()), strict=True))
+    assert fields.pop(name) == {"outcome": "out of memory beside the other contenders"}
+    assert [each["rounds"] for each in fields.values()] == [3, 3]
+
+
+def test_an_interrupt_ends_the_rounds_and_what_follows_and_loses_nothing():
+    makers = {name: (partial(FakeStep, 2.0), (True,)) for name in ("reference", "ours")}
+    makers["slow"] = (partial(Tiring, 2.0, often=2, error=KeyboardInterrupt()), (True,))
+    deadline = Deadline()
+    fields = in_turn(FakeBenchmark(), makers, 5, apart="", deadline=deadline)
+    assert [each["rounds"] for each in fields] == [1, 2, 1] and deadline()
+    assert all(
+        each == {"outcome": "not measured: TRSD_BENCH_SECONDS have passed"}
+        for each in in_turn(FakeBenchmark(), makers, 5, apart="", deadline=deadline)
+    )
+
+
+def test_an_interrupt_before_any_round_leaves_those_that_had_run():
+    makers = {name: (partial(FakeStep, 2.0), (True,)) for name in ("reference", "ours", "late")}
+    makers["slow"] = (partial(Tiring, 2.0, often=0, error=KeyboardInterrupt()), (True,))
+    fields = dict(zip(makers, in_turn(FakeBenchmark(), makers, 5, apart="", deadline=Deadline()), strict=True))
+    assert fields["slow"] == {"outcome": "not measured: interrupted"}
+    assert fields["late"]["rounds"] == 2  # the least
+
+
+def test_little_time_is_for_fewer_rounds():
+    makers = {name: (partial(FakeStep, 2.0), (True,)) for name in ("reference", "ours")}  # a second each
+    for seconds, rounds in ((7.9, 3), (100.0, 5), (1.0, 2)):
+        deadline = Deadline(seconds)
+        found = in_turn(FakeBenchmark(), makers, 5, apart="", deadline=deadline)
+        assert [each["rounds"] for each in found] == [rounds, rounds], seconds
+
+
+@pytest.mark.parametrize("gib, first, branches", [(139, 0, "Qwen3-4B"), (79, 1, "Qwen3-1.7B"), (8, 0, "Qwen3-1.7B")])
+def test_pairs_whose_models_leave_no_room_are_left_out(gib, first, branches, monkeypatch):
+    memory = SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    pairs, found = those_that_fit(GPU_PAIRS, GPU_BRANCHES)
+    assert pairs == GPU_PAIRS[first:] and [each.model for each in found] == [branches]
+
+
+def test_a_plan_is_put_into_the_line_that_it_is_of(monkeypatch, tmp_path, shared):
+    monkeypatch.setenv("TRSD_BENCH_RESULTS", str(tmp_path))
+    results = Results("training", "steps")
+    about = dict(method="lsp", student=PAIR.student, teacher=PAIR.teacher, fraction=0.5, group=PAIR.group(0.5))
+    results.add(TrainingLine(contender=suite.ONLINE, recomputed=True, peak_bytes=5, **about))
+    results.add(TrainingLine(contender=suite.LEAN, outcome="out of memory", **about))
+    suite.test_a_plan_is_within_ten_percent(PAIR, 0.5, suite.ONLINE, CPU, None, results, Deadline())
+    (stored, _) = json.loads(results.path.read_text())["suites"]["training"]["lines"]
+    recipe = replace(ours_forms(PAIR, 0.5)[suite.ONLINE], gradient_checkpointing=True)
+    wanted, _ = planned_ours(PAIR, recipe, CPU, target="cpu")
+    assert stored["planned_bytes"] == results.lines[0].planned_bytes == wanted and stored["peak_bytes"] == 5
+    for name, deadline in ((suite.LEAN, Deadline()), (suite.ONLINE, Deadline(0.0))):
+        with pytest.raises(pytest.skip.Exception):
+            suite.test_a_plan_is_within_ten_percent(PAIR, 0.5, name, CPU, None, results, deadline)
 
 
 def test_targets_are_told_apart():

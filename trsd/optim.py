@@ -74,12 +74,12 @@ def _uncompiled(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as plain tensors, ``<state>/<parameter>`` or ``<state>.<part>/<parameter>``, on the CPU."""
+    """The optimizer's state as plain tensors, ``<state>/<parameter>`` or ``<state>.<part>/<parameter>``, not copied."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, parameter in model.named_parameters():
         for key, value in _parts(optimizer.state.get(parameter, {})):
-            tensor = torch.as_tensor(value).detach().cpu().contiguous()
+            tensor = torch.as_tensor(value).detach().contiguous()
             if tensor.data_ptr() in seen:  # a table that all parameters share; a file may not hold a tensor twice
                 tensor = tensor.clone()
             seen.add(tensor.data_ptr())

@@ -17,7 +17,7 @@ from trsd.metrics import read_metrics
 from trsd.page import cards, headline, image, number, side_by_side, thinking_lengths, write_page
 from trsd.plots import plot_curves, plot_loss
 from trsd.run import ENVIRONMENT_FILE, RECIPE_FILE
-from trsd.totals import TOTALS, totals_line
+from trsd.totals import TOTALS, totals_line, training_peak_gib
 
 LOSS_TERMS = {
     "divergence": "{learnt}: divergence from the teacher",
@@ -128,8 +128,7 @@ def _memory(run_dir: Path) -> list[str]:
         f'style="width:{max(1, round(10 * 16 * size / found[0][1]))}px"></div></td></tr>'
         for name, size in found
     )
-    peak = totals.get("peak_gpu_memory_gib", totals["peak_memory_gib"])
-    where = "on the GPU" if "peak_gpu_memory_gib" in totals else "of the whole process, libraries and evaluation too"
+    peak, where = training_peak_gib(totals)
     head = "<tr><th>of a training step</th><th>MiB</th><th></th></tr>"
     told = f"Counted for a step of traces as long as this run's; {peak:.2f} GiB were measured {where}."
     return [

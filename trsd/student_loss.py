@@ -93,6 +93,8 @@ class StudentLoss(nn.Module):
                 token_weights=batch.weights,
                 num_items_in_batch=num_items,
             )
+            if num_thinking == 0:  # on every rank; to ask would cost a gradient of lm_head's size, all zeros
+                return out, out.loss.new_zeros(())
             thinking = self.keep_thinking(
                 hidden[batch.thinking_rows],
                 head,

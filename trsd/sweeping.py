@@ -23,7 +23,7 @@ from trsd.recipe_file import recipe_as_yaml
 from trsd.run import FREE_TO_CHANGE, RECIPE_FILE, discard_unbegun
 from trsd.sweep import Setting
 from trsd.sweep_report import write_sweep
-from trsd.totals import TOTALS
+from trsd.totals import TOTALS, training_peak_gib
 from trsd.truncation import build_truncation
 
 SWEEP = "sweep.yaml"
@@ -123,7 +123,7 @@ def point(setting: Setting, folder: Path, evaluation: dict[str, Any]) -> dict[st
         "num_steps": len(metrics),
         "tokens_per_step": sum(row["tokens"] for row in metrics) / len(metrics),
         "step_seconds": seconds[len(seconds) // 2],
-        "peak_memory_gib": totals.get("peak_gpu_memory_gib", totals["peak_memory_gib"]),
+        "peak_memory_gib": training_peak_gib(totals)[0],
         "teraflops_per_step": sum(row["teraflops"] for row in metrics) / len(metrics),
         "losses": [row["loss"] for row in metrics],
     }

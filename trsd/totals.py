@@ -3,6 +3,8 @@
 import json
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +16,62 @@ from trsd.metrics import read_metrics
 TOTALS = "totals.json"
 
 
+class Peaks:
+    """The most memory of this process, on the GPU also of its training steps by themselves."""
+
+    def __init__(self) -> None:
+        """Begin; what was held before counts too."""
+        self._on_gpu = torch.cuda.is_available()
+        self._whole = self._training = 0
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Count what is held inside as training's."""
+        self._restart()
+        yield
+        self._training = max(self._training, self._restart())
+
+    def _restart(self) -> int:
+        """Most bytes on the GPU since the last restart."""
+        if not self._on_gpu:
+            return 0
+        peak = torch.cuda.max_memory_allocated()
+        self._whole = max(self._whole, peak)
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+
+    def gib(self) -> dict[str, float]:
+        """So far, as totals.json names them."""
+        unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss
+        found = {"peak_memory_gib": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30}
+        if self._on_gpu:
+            self._restart()
+            found["peak_gpu_memory_gib"] = self._whole / 2**30
+            found["training_peak_gpu_memory_gib"] = self._training / 2**30
+        return found
+
+
+def training_peak_gib(totals: dict[str, Any]) -> tuple[float, str]:
+    """(peak, what it is of) of ``totals``: of the training steps where it was measured for them alone."""
+    if "training_peak_gpu_memory_gib" in totals:
+        return totals["training_peak_gpu_memory_gib"], "on the GPU"
+    return totals["peak_memory_gib"], "of the whole process, libraries and evaluation too"
+
+
 def write_totals(
-    output_dir: Path, *, seconds: float, memory_parts: dict[str, float], resumed_from: Path | None
+    output_dir: Path, *, seconds: float, peaks: Peaks, memory_parts: dict[str, float], resumed_from: Path | None
 ) -> dict[str, Any]:
     """Write what a run that ends now took, and return it.
 
     Args:
         output_dir: of the run, with its metrics.
         seconds: of this start.
+        peaks: of this start.
         memory_parts: GiB of a step, by part.
         resumed_from: the checkpoint that this start went on from. Time and peaks of earlier starts are then counted
             too: all of it where they came to an end, and of one that was killed the time of its steps.
     """
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    totals = {"seconds": seconds, "peak_memory_gib": peak}
-    if torch.cuda.is_available():
-        totals["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    totals = {"seconds": seconds, **peaks.gib()}
     if resumed_from is not None:
         earlier = _earlier(output_dir, resumed_from)
         totals = {name: max(value, earlier.get(name, 0.0)) for name, value in totals.items()}

@@ -45,7 +45,7 @@ from trsd.recipe_file import fail, recipe_as_yaml
 from trsd.report import summary, write_report
 from trsd.row_shards import file_sha256
 from trsd.run import alone_in, discard_unbegun, open_run, with_output_dir
-from trsd.totals import totals_line, write_totals
+from trsd.totals import Peaks, totals_line, write_totals
 from trsd.trackers import Trackers, evaluation_figures
 from trsd.validation import held_out_traces, validation_loss
 from trsd.watchdog import Watchdog
@@ -207,7 +207,7 @@ def _run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) ->
     recipe, output_dir, resume_from = ranks.told(open_run(recipe) if ranks.is_main else None)
     print(f"{name}: {output_dir}" + (f", resuming {resume_from.name}" if resume_from else ""), flush=True)
     torch.manual_seed(recipe.seed)
-    start = time.perf_counter()
+    start, peaks = time.perf_counter(), Peaks()
     try:
         job = Job(recipe, output_dir, ranks)
         _ = job.evaluation_questions  # what is wrong with them is said before any work
@@ -231,7 +231,8 @@ def _run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) ->
     with open_trackers(job, resume_from) as trackers:
         if resume_from is None:
             trackers.log(0, evaluation_figures(before))
-        checkpoint, last = train(job, loop, resume_from, interruption, trackers, before), loop.num_steps
+        with peaks.training():
+            checkpoint, last = train(job, loop, resume_from, interruption, trackers, before), loop.num_steps
         del loop, model, teacher  # of a sharded model the checkpoint is read instead
         gc.collect()  # the loop and its prefetcher hold each other, and the optimizer's state
         after = evaluate_student(job, readable, "after", before and before["percent_of"], checkpoint)
@@ -239,7 +240,8 @@ def _run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) ->
     if ranks.is_main:
         seconds = time.perf_counter() - start
         parts = memory_parts(recipe, method, job.device) if ranks.size == 1 else {}
-        finish(job, before, after, checkpoint, seconds=seconds, memory_parts=parts, resumed_from=resume_from)
+        totals = write_totals(output_dir, seconds=seconds, peaks=peaks, memory_parts=parts, resumed_from=resume_from)
+        finish(job, before, after, checkpoint, totals)
     return output_dir
 
 
@@ -272,13 +274,9 @@ def finish(
     before: dict[str, Any] | None,
     after: dict[str, Any] | None,
     checkpoint: Path,
-    *,
-    seconds: float,
-    memory_parts: dict[str, float],
-    resumed_from: Path | None,
+    totals: dict[str, Any],
 ) -> None:
-    """Write totals and report, and say where everything is."""
-    totals = write_totals(job.output_dir, seconds=seconds, memory_parts=memory_parts, resumed_from=resumed_from)
+    """Write the report, and say where everything is."""
     report = write_report(job.output_dir)
     if after:
         ModelCard(job.recipe, job.think, job.tokenizer).rewrite(checkpoint, before, after)

@@ -229,11 +229,13 @@ class _Batch:
     def _parts(self, counts: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         """``counts`` in parts that ask for no more logits at once than a batch without guesses would."""
         part: list[tuple[int, int]] = []
+        most, num_tokens = max(self.engine.batch_size, LONGEST_GUESS), 0
         for i, count in counts:
-            if part and sum(c for _, c in part) + count > max(self.engine.batch_size, LONGEST_GUESS):
+            if part and num_tokens + count > most:
                 yield part
-                part = []
+                part, num_tokens = [], 0
             part.append((i, count))
+            num_tokens += count
         if part:
             yield part
 

@@ -68,6 +68,9 @@ class Slots(Cache):
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Keep the new keys and values, [num_rows, num_heads, num_new, head_dim]; returns all that the rows may see."""
+        if torch.is_autocast_enabled(key.device.type):  # attention would cast all that is kept, at every token
+            dtype = torch.get_autocast_dtype(key.device.type)
+            key, value = key.to(dtype), value.to(dtype)
         while len(self.keys) <= layer_idx:
             self.keys.append(self._empty(key))
             self.values.append(self._empty(value))
