@@ -23,6 +23,7 @@ class Compiled(NamedTuple):
     stack_bytes: int
     spill_bytes: int
     shared_bytes: int
+    fp64_operations: int
 
 
 def compile_for(
@@ -68,4 +69,5 @@ def compile_for(
         stack_bytes=reported(r"(\d+) bytes stack frame"),
         spill_bytes=reported(r"(\d+) bytes spill stores") + reported(r"(\d+) bytes spill loads"),
         shared_bytes=built.metadata.shared,
+        fp64_operations=len(re.findall(r"\.f64\b", built.asm["ptx"])),
     )

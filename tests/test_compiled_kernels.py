@@ -1,5 +1,7 @@
 """Every Triton kernel, compiled for sm_80, sm_90 and sm_100 without a GPU: nothing spills, nothing is too large."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -84,6 +86,43 @@ def test_kernels_compile_without_spills(name, capability, logits, out):
             assert compiled.stack_bytes == compiled.spill_bytes == 0
             assert compiled.registers <= MAX_REGISTERS
             assert compiled.shared_bytes <= SHARED_MEMORY_LIMIT[capability]
+
+
+SCALARS = [name for name, kind in ARGUMENTS.items() if kind == "fp32"]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_scalars_are_fp32_to_a_kernel_also_where_torch_hands_them_over_as_fp64(name):
+    """As torch.compile does with Python floats, which would lift whole tiles."""
+    kernel, options = KERNELS[name], DistillOptions(student_logit_softcap=30.0)
+    constants = dict.fromkeys(FLAGS, True) | dict(KIND=distill_rows.KINDS["jsd"], WITH_CE=True)
+    constants |= dict(BLOCK_V=triton_rows.tile_width(name, 151936, options))
+    pointers = dict(student_ptr=torch.bfloat16, teacher_ptr=torch.bfloat16, out_ptr=torch.bfloat16)
+    plain, compiled = (
+        compile_for(
+            kernel,
+            90,
+            ARGUMENTS | pointers | dict.fromkeys(SCALARS, kind),
+            {key: value for key, value in constants.items() if key in kernel.arg_names},
+            num_warps=triton_rows.NUM_WARPS,
+        )
+        for kind in ("fp32", "fp64")
+    )
+    assert compiled.spill_bytes == 0 and compiled.registers <= plain.registers + 2 * len(SCALARS)
+    assert plain.fp64_operations == 0 and compiled.fp64_operations <= 3 * len(SCALARS)  # loads and casts
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_torch_can_take_a_kernels_source_over(name, tmp_path):
+    """``torch.compile`` writes it, with the globals that it names, into a module of its own."""
+    wrapper = pytest.importorskip("torch._inductor.codegen.wrapper")
+    source = wrapper.user_defined_triton_kernel_transitive_closure_source_code(KERNELS[name])
+    path = tmp_path / "taken.py"
+    path.write_text(f"import triton\nimport triton.language as tl\n\n@triton.jit\n{source}")
+    spec = importlib.util.spec_from_file_location("taken", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert getattr(module, KERNELS[name].fn.__name__).arg_names == KERNELS[name].arg_names
 
 
 def test_a_spill_is_seen():

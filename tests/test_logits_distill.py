@@ -1,5 +1,7 @@
 """The loss on logits that already exist: against float64, with every upstream gradient, in place, and its errors."""
 
+import importlib.util
+
 import pytest
 import torch
 from distillation_cases import (
@@ -115,8 +117,8 @@ def test_in_place_gradient_is_refused_where_the_logits_are_needed_again():
 
 
 @not_interpreted
-def test_compiles_whole_with_the_same_numbers():
-    student, teacher, labels = make_logits()
+def test_compiles_whole_with_the_same_numbers(device):
+    student, teacher, labels = make_logits(device=device)
     compiled = torch.compile(fused_distillation, fullgraph=True)
     out = compiled(student, teacher, labels, divergence="jsd", temperature=2.0)
     out.loss.backward()
@@ -137,6 +139,36 @@ def test_the_ops_pass_torchs_own_checks():
 
     options = DistillOptions(divergence="jsd").encode()
     torch.library.opcheck(torch.ops.trsd.distill_logits.default, (student, teacher, labels, options, False))
+
+
+@not_interpreted
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("divergence", ["forward_kl", "skew_reverse_kl"])
+def test_logits_of_a_compiled_head_need_no_copy(divergence):
+    """Logits that the graph makes itself, cast and capped, in bf16 and with the gradient in their own bytes."""
+    student, teacher, labels = make_logits(dtype=torch.bfloat16, device="cuda", vocab=4096)
+    options = dict(divergence=divergence, temperature=2.0, student_logit_softcap=20.0, inplace_backward=True)
+
+    def loss(student, teacher):
+        return fused_distillation((student * 1.5).float(), (teacher * 1.5).float(), labels, **options).loss
+
+    grads = []
+    for call in (torch.compile(loss, fullgraph=True), loss):
+        call(student, teacher).backward()
+        grads, student.grad = [*grads, student.grad], None
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_a_gradient_that_is_wider_than_the_logits_is_never_written_over_them():
+    from trsd_kernels import DistillOptions
+    from trsd_kernels.triton_rows import TritonRows
+
+    student, teacher, labels = make_logits(dtype=torch.bfloat16)
+    rows = TritonRows(DistillOptions(), student.detach(), teacher, labels)
+    with pytest.raises(RuntimeError, match="does not fit into the bytes of torch.bfloat16 logits"):
+        rows.gradient(torch.zeros(16, len(labels)), torch.zeros(2, len(labels)), torch.float32)
 
 
 def test_double_backward_is_refused():

@@ -37,6 +37,18 @@ def device(request):
     return request.param
 
 
+@pytest.mark.parametrize("make", ["top k", "vectors"])
+def test_autocast_changes_no_target(make):
+    """A loss subtracts what these are: entropy and products of the whole vocabulary."""
+    case = make_case(vocab=VOCAB, bias=True)
+    how = {"top k": lambda: top_k_of(case, 5), "vectors": lambda: vectors_of(case)}[make]
+    expected = how()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = how()
+    for name in expected._fields[:-1]:
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=0, msg=name)
+
+
 def top_k_of(case, k, **options):
     return top_k_targets(
         case.teacher_hidden_states,

@@ -117,6 +117,16 @@ def test_what_one_rank_refuses_every_rank_raises(tmp_path, launch):
     assert "chunk_size" in first[6]
 
 
+def test_autocast_around_backward_changes_no_gradient(one_rank):
+    found = []
+    for enabled in (False, True):
+        tensors = build(CASES[0]).tensors()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            vocab_parallel_distillation(**tensors).loss.backward()
+        found.append([tensor.grad for tensor in tensors.values() if tensor.requires_grad])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 def test_packed_maxima_keep_their_order_and_their_lowest_token():
     numbers = torch.tensor([-torch.inf, -3.5, -1e-30, 0.0, 1e-30, 2.0, 1e30, torch.inf])
     ids = torch.arange(8) * 1000

@@ -7,6 +7,10 @@ fp16 it fills the first half of the same row, tile i behind the tiles already re
 over the lanes until a row ends, so their order is fixed and long rows lose no precision; nothing is atomic.
 
 Traffic per logit and model: 4 bytes read per pass, 2 (half) or 4 written by the gradient. No scratch memory.
+
+torch.compile takes the kernels' source over, and hands them Python floats as fp64: scalars are cast first thing (by
+``tl.cast``, for its analysis of what is written runs on Python numbers), and no global is infinite, which it would
+write down as the name ``inf``.
 """
 
 import triton
@@ -34,7 +38,6 @@ VALUE = tl.constexpr(row_state.VALUE)
 SLOPE = tl.constexpr(row_state.SLOPE)
 TEACHER_AT_TOP = tl.constexpr(row_state.TEACHER_AT_TOP)
 
-INF = tl.constexpr(float("inf"))
 NO_TOKEN = tl.constexpr(2**31 - 1)
 
 
@@ -52,23 +55,23 @@ def _load_logits(ptr, bias_ptr, offs, mask, scale, softcap, HAS_BIAS: tl.constex
     z = tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         z += tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    possible = mask & (z != -INF)
+    possible = mask & (z != -float("inf"))
     z *= scale
     if HAS_SOFTCAP:
         z = softcap * _tanh(z / softcap)
-    return tl.where(possible, z, -INF)
+    return tl.where(possible, z, -float("inf"))
 
 
 @triton.jit
 def _finite(maximum):
     """A maximum to subtract: 0 where every token so far is impossible."""
-    return tl.where(maximum == -INF, 0.0, maximum)
+    return tl.where(maximum == -float("inf"), 0.0, maximum)
 
 
 @triton.jit
 def _factor(old, new):
     """e^(old - new), 0 where ``old`` holds nothing."""
-    return tl.where(old == -INF, 0.0, tl.exp(old - _finite(new)))
+    return tl.where(old == -float("inf"), 0.0, tl.exp(old - _finite(new)))
 
 
 @triton.jit
@@ -98,6 +101,9 @@ def _accumulate_kernel(
     HAS_TEACHER_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
+    student_scale, student_softcap = tl.cast(student_scale, tl.float32), tl.cast(student_softcap, tl.float32)
+    teacher_scale, teacher_softcap = tl.cast(teacher_scale, tl.float32), tl.cast(teacher_softcap, tl.float32)
+    temperature = tl.cast(temperature, tl.float32)
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
@@ -216,11 +222,11 @@ def _accumulate_kernel(
             z = tl.load(student_ptr + label).to(tl.float32)
             if HAS_STUDENT_BIAS:
                 z += tl.load(student_bias_ptr + label).to(tl.float32)
-            impossible = z == -INF
+            impossible = z == -float("inf")
             z *= student_scale
             if HAS_STUDENT_SOFTCAP:
                 z = student_softcap * _tanh(z / student_softcap)
-            tl.store(state_ptr + LABEL_LOGIT * state_stride, tl.where(impossible, -INF, z))
+            tl.store(state_ptr + LABEL_LOGIT * state_stride, tl.where(impossible, -float("inf"), z))
 
 
 @triton.jit
@@ -270,7 +276,7 @@ def _mixture_slope(log_p, log_q, share, KIND: tl.constexpr):
         slope -= (1.0 - share) * tl.where(gap > 0, ratio, 1.0) / larger
     else:
         slope = (1.0 - share) * (tl.minimum(-gap, 0.0) - tl.log(larger))
-    return tl.where(log_q == -INF, 0.0, slope)
+    return tl.where(log_q == -float("inf"), 0.0, slope)
 
 
 @triton.jit
@@ -305,6 +311,10 @@ def _mixture_kernel(
     HAS_TEACHER_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
+    student_scale, student_softcap = tl.cast(student_scale, tl.float32), tl.cast(student_softcap, tl.float32)
+    teacher_scale, teacher_softcap = tl.cast(teacher_scale, tl.float32), tl.cast(teacher_softcap, tl.float32)
+    temperature = tl.cast(temperature, tl.float32)
+    share = tl.cast(share, tl.float32)
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
@@ -388,6 +398,10 @@ def _gradient_kernel(
     HAS_TEACHER_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
+    student_scale, student_softcap = tl.cast(student_scale, tl.float32), tl.cast(student_softcap, tl.float32)
+    teacher_scale, teacher_softcap = tl.cast(teacher_scale, tl.float32), tl.cast(teacher_softcap, tl.float32)
+    temperature = tl.cast(temperature, tl.float32)
+    share = tl.cast(share, tl.float32)
     row = tl.program_id(0).to(tl.int64)
     HAS_TEACHER: tl.constexpr = KIND >= 1 and KIND <= 5
     MIXTURE: tl.constexpr = KIND >= 3 and KIND <= 5
@@ -466,7 +480,7 @@ def _gradient_kernel(
                 slope = _slope_from_top(log_p, log_q, offs, top, slope_at_top, share, KIND)
                 gradient += divergence_weight * q * (slope - center)
         if HAS_STUDENT_SOFTCAP:
-            gradient *= tl.where(z == -INF, 0.0, 1.0 - (z / student_softcap) * (z / student_softcap))
+            gradient *= tl.where(z == -float("inf"), 0.0, 1.0 - (z / student_softcap) * (z / student_softcap))
         gradient *= student_scale
         gradient = tl.where(inert, 0.0, gradient)
         # Every lane has read this tile before any lane writes over it (half-precision rows lie in the logits' bytes).

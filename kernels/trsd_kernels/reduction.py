@@ -62,7 +62,7 @@ def _scalar(number: Tensor | float, dtype: torch.dtype, device: torch.device) ->
         raise ValueError(
             f"num_items_in_batch: expected one number for the whole batch, got a tensor of shape {tuple(number.shape)}"
         )
-    return number.detach().reshape(()).to(device=device, dtype=dtype)
+    return number.detach().reshape(()).to(device=device, dtype=dtype, non_blocking=True)
 
 
 def weighted(values: Tensor, weights: Tensor, reduction: str) -> Tensor:

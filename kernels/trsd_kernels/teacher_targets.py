@@ -149,10 +149,11 @@ def teacher_vectors(
         top_token[part] = logits.argmax(1)
         log_p = logits.sub_(logits.logsumexp(1, keepdim=True))
         p = log_p.exp()
-        entropy[part] = -torch.linalg.vecdot(p, log_p.masked_fill_(p == 0, 0.0))
-        if student_lm_head_bias is not None:
-            mean_bias[part] = p.to(word) @ student_lm_head_bias.detach().to(word)
-        vectors[part] = accurate_product(p.to(word), student)
+        with torch.autocast(student.device.type, enabled=False):
+            entropy[part] = -torch.linalg.vecdot(p, log_p.masked_fill_(p == 0, 0.0))
+            if student_lm_head_bias is not None:
+                mean_bias[part] = p.to(word) @ student_lm_head_bias.detach().to(word)
+            vectors[part] = accurate_product(p.to(word), student)
     return TeacherVectors(vectors, entropy, mean_bias, top_token, settings.temperature)
 
 

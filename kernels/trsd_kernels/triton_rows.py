@@ -54,14 +54,15 @@ class TritonRows:
     ) -> None:
         self.options, self.launch = options, launch
         self.student, self.labels, self.vocab_start = student_logits, labels, vocab_start
-        # Kernels without a teacher still take a pointer; they never read it.
-        self.teacher = student_logits if teacher_logits is None else teacher_logits
+        # Kernels without a teacher still take a pointer; they never read it. The labels, for of logits that are not
+        # there yet torch.compile would make a copy for each argument.
+        self.teacher = labels if teacher_logits is None else teacher_logits
         student_cap, teacher_cap = options.student_transform.softcap, options.teacher_transform.softcap
         at_temperature = options.softmax_temperature != 1.0
         self.strides = (self.student.stride(0), self.teacher.stride(0))
         self.biases = (
-            student_logits if student_bias is None else student_bias,
-            self.teacher if teacher_bias is None else teacher_bias,
+            labels if student_bias is None else student_bias,
+            labels if teacher_bias is None else teacher_bias,
         )
         self.scalars = (
             options.student_transform.scale,
@@ -143,6 +144,8 @@ class TritonRows:
         """
         vocab_size = self.student.shape[1]
         if out is None:
+            if dtype.itemsize > self.student.element_size():
+                raise RuntimeError(f"a gradient in {dtype} does not fit into the bytes of {self.student.dtype} logits")
             out = self.student if dtype == self.student.dtype else self.student.view(dtype)[:, :vocab_size]
         self._launch(
             _gradient_kernel,

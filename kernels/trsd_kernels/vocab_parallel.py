@@ -147,8 +147,10 @@ class VocabParallelFunction(torch.autograd.Function):
         if rows is not None:
             grads = grads[:, rows]
         needs = Needs(*ctx.needs_input_grad[:3])
-        sweep = _sweep(tensors, labels, rows, ctx.shard)
-        dh, dw, db = sweep.gradients(state, grads.contiguous(), needs)
+        # Autograd runs this under whatever autocast is on where backward() is called.
+        with torch.autocast(labels.device.type, enabled=False):
+            sweep = _sweep(tensors, labels, rows, ctx.shard)
+            dh, dw, db = sweep.gradients(state, grads.contiguous(), needs)
         if needs.hidden_states:
             dist.all_reduce(dh, group=ctx.shard.group)
             full = torch.zeros_like(tensors[0])
