@@ -282,6 +282,11 @@ SETTINGS = [
         "error: …: method … does not read it (methods that do: …): leave it out",
     ),
     Mistake(
+        "a setting that another one leaves unread",
+        f"train {TINY} --cut_fractions 0.5",
+        "error: …: only … reads it: set that, or leave … out",
+    ),
+    Mistake(
         "lsp without a teacher",
         f"train {TINY} --method lsp",
         "error: teacher_model_name_or_path: lsp learns from a larger teacher: name one, or use method sft for text "

@@ -54,7 +54,9 @@ def test_runs_share_a_cache_and_another_recipes_is_refused_by_name(run, words, t
     one, two = run("one", teacher_cache_dir=shared, max_steps=2), run("two", teacher_cache_dir=shared, seed=1)
     assert not (one / "teacher").exists() and losses(one) != losses(two)[:2]
     flags = dict(teacher_cache_dir=shared, teacher="top_k_cache", teacher_top_k=8)
-    assert "made with other k, kind, temperature, vocab_size" in refusal(capsys, lambda: run("three", **flags))
+    assert "made with other k, kind, temperature" in refusal(capsys, lambda: run("three", **flags))
+    assert not (tmp_path / "three").exists()  # it was refused before any work, and the right command may follow
+    run("three", teacher_cache_dir=shared, max_steps=1)
 
 
 def test_a_prepared_folder_of_another_recipe_is_refused_by_field_and_untouched(run, words, tmp_path, capsys):

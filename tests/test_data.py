@@ -179,3 +179,63 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path, tokenizer, think):
     (tmp_path / "d.parquet").write_text("no")
     with pytest.raises(InputError, match="is no parquet file"):
         load_data(str(tmp_path / "d.parquet"), tokenizer=tokenizer, think=think)
+
+
+TAGGED = "<think>2 and 2</think>It is \\boxed{4}"
+
+
+@pytest.mark.parametrize(
+    "row,prompt,gold",
+    [
+        (dict(prompt="2+2?", response=TAGGED), "2+2?", None),
+        (dict(question="2+2?", response=TAGGED, answer="4"), "2+2?", "4"),
+        (dict(problem="2+2?", answer=TAGGED), "2+2?", None),
+        (dict(problem="2+2?", answer=TAGGED, final_answer=4), "2+2?", "4"),
+        (dict(problem="2+2?", reasoning="2 and 2", response="It is \\boxed{4}"), "2+2?", None),
+        (dict(instruction="Add.", input="2+2?", output=TAGGED), "Add.\n\n2+2?", None),
+        (dict(instruction="Add 2 and 2.", input="", output=TAGGED), "Add 2 and 2.", None),
+        (dict(instruction="Add 2 and 2.", output=TAGGED), "Add 2 and 2.", None),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
+)
+def test_thinking_in_a_response_or_an_answer_is_a_given_trace(load, row, prompt, gold):
+    (trace,) = load(row).traces
+    assert (trace.question, trace.reasoning, trace.answer, trace.gold) == (prompt, "2 and 2", "It is \\boxed{4}", gold)
+
+
+def test_a_response_that_never_stops_thinking_is_dropped_by_that_reason(load):
+    loaded = load(dict(prompt="2+2?", response=TAGGED), dict(prompt="3+3?", response="<think>3 and"))
+    assert len(loaded.traces) == 1 and loaded.dropped == {NO_CLOSE: 1}
+
+
+def test_where_questions_are_wanted_responses_are_left_aside(load):
+    (question,) = load(dict(question="2+2?", answer="4", response=TAGGED), asking=True).questions
+    assert question.gold == "4"
+
+
+@pytest.mark.parametrize(
+    "row,gold",
+    [
+        (dict(problem="?", solution="So \\boxed{12}."), "12"),
+        (dict(problem="?", solution="It is 12 or so", answer=None), None),
+        (dict(problem="?", solution="So \\boxed{12}.", final_answer="13"), "13"),
+        (dict(problem="?", answer=" "), None),
+    ],
+)
+def test_the_reference_is_found_wherever_it_stands(load, row, gold):
+    (question,) = load(row).questions
+    assert question.gold == gold
+
+
+def test_columns_that_look_like_reasoning_and_are_not_read_are_named(load, capsys):
+    rows = [dict(question=f"{i}?", answer="4", thinking="hm", id=i, problem="B?") for i in range(2)]
+    assert load(*rows).unread == {"thinking": 2, "problem": 2}
+    said = capsys.readouterr().out
+    assert "2 x thinking" in said and "2 x problem" in said and "id" not in said.split("(")[1]
+    load(dict(question="A?", answer="4", level=3))
+    assert "note" not in capsys.readouterr().out
+
+
+def test_blanks_are_no_reasoning(load):
+    (trace,) = load(dict(prompt="2+4?", reasoning="  \n", answer="6")).traces
+    assert trace.reasoning == "" and trace.reasoning_ids == []

@@ -180,10 +180,10 @@ def test_the_answer_is_the_gold_or_else_what_is_stated(tokenizer, think):
 
 
 def test_thinking_that_runs_in_circles_is_searched_in_seconds():
-    start = time.perf_counter()
+    start = time.process_time()  # beside other tests the clock on the wall runs on
     for unit in ("so 24 is ", "= 24 + 1 ", "24 ", "the answer is not 24 ", "so so so the total is is ", "9"):
         assert find_first_derivation(unit * (30_000 // len(unit)), "24") is None
-    assert time.perf_counter() - start < 8
+    assert time.process_time() - start < 8
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="needs shared/data/gsm8k")

@@ -174,8 +174,12 @@ def test_one_output_is_made_with_one_setting(answering_folder, tmp_path, capsys,
     with pytest.raises(SystemExit) as exit_:
         generate.main(words_of(answering_folder, questions, output, temperature=0.5))
     assert exit_.value.code == 2 and "temperature: 1.0 -> 0.5" in capsys.readouterr().err
+    generate.main(words_of(answering_folder, question_file(tmp_path / "one.jsonl", 1), output, filter="none"))
+    assert "holds 1 rows of questions or samples that were not asked for now" in capsys.readouterr().out
+    output.unlink()
     generate.main(words_of(answering_folder, questions, output, filter="none"))
-    assert output.exists()
+    assert "4 of 36 are written" in capsys.readouterr().out
+    assert output.exists() and not output.with_name("t.jsonl.journal").exists()
 
 
 def test_a_prompt_too_long_for_the_context_is_skipped_and_counted(answering_folder, tmp_path, capsys):

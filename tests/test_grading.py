@@ -336,3 +336,43 @@ def test_stars_without_end_take_no_time():
     extract_answer("*a " * 30_000)
     extract_answer("**a" * 30_000)
     assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            r"\boxed{true}",
+            r"\boxed{TRUE}",
+            r"So \boxed{\text{True}}.",
+            "The answer is true.",
+            "Answer: True",
+            "#### true",
+        ),
+        *("Since 7 is prime, the answer is **True**.", "The answer is true, because 3 < 4.", "I think so.\nTrue."),
+        "The answer is no. Wait. The answer is true.",
+    ],
+)
+def test_words_compare_without_their_case(text):
+    assert grade(text, "True") and grade(text, r"\text{true}")
+    assert not grade(text, "False") and not grade(text, "no")
+
+
+@pytest.mark.parametrize(
+    "text,gold",
+    [
+        ("The answer is no longer 5.", "no"),
+        ("The answer is nowhere.", "no"),
+        ("The answer is true. So the answer is false.", "true"),
+        ("It is true that nobody knows.", "true"),
+        (r"\boxed{untrue}", "true"),
+        ("The answer is New York.", "York"),
+    ],
+)
+def test_other_words_are_other_answers(text, gold):
+    assert not grade(text, gold)
+
+
+def test_words_behind_answer_is_are_an_answer_where_there_is_no_number():
+    assert extract_answer("The answer is Paris.") == "Paris." and answer_form("Answer: yes") == "stated"
+    assert extract_answer("Of 7, the answer is obvious to most of those who know all of it") == "7"

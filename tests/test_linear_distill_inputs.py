@@ -104,6 +104,7 @@ def test_module_is_the_function():
         (dict(reduction="average"), "mean"),
         (dict(reduction="none", plan="tokens"), 'plan="vocab"'),
         (dict(num_items_in_batch=torch.ones(NUM_TOKENS)), "one number"),
+        (dict(num_items_in_batch=-3), "expected 0 or more, got -3"),
         (dict(reduction="sum", num_items_in_batch=3), "num_items_in_batch"),
     ],
 )  # fmt: skip

@@ -15,6 +15,7 @@ from trsd.adapters import add_adapter
 from trsd.errors import InputError
 from trsd.merge import main
 from trsd.merging import merge, merge_adapter
+from trsd.model_card import front_matter, serving_facts
 from trsd.models import load_model
 
 
@@ -125,6 +126,36 @@ def test_the_command_line_writes_a_model_once(folders, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
+FACTS = dict(
+    method="trsd", closer="\n</think>\n", open_tag="<think>", close_tag="</think>", budgets=[0, 64, 256],
+    max_thinking_tokens=300, max_answer_tokens=20,
+)  # fmt: skip
+
+
+def cards(folders, *changes):
+    for folder, change in zip(folders, changes, strict=True):
+        (folder / "README.md").write_text(front_matter({"trsd": FACTS | change}) + "\n")
+
+
+def test_the_means_card_keeps_what_its_models_say_alike_and_no_path(folders, tmp_path, capsys):
+    cards(folders[:2], {}, dict(method="lsp", budgets=[0, 256]))
+    merge(folders[:2], tmp_path / "out")
+    found = serving_facts(tmp_path / "out")
+    assert found == FACTS | dict(method="trsd + lsp", budgets=[0, 256]) and not capsys.readouterr().out
+    assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "change,said", [(dict(closer="\nSo\n</think>\n"), "differ in closer"), (None, "do not all have a card")]
+)
+def test_models_that_are_asked_in_several_ways_have_a_mean_that_says_none(folders, tmp_path, capsys, change, said):
+    cards(folders[:2], {}, change or {})
+    if change is None:
+        (folders[1] / "README.md").unlink()
+    merge(folders[:2], tmp_path / "out")
+    assert serving_facts(tmp_path / "out") is None and said in capsys.readouterr().out
+
+
 def test_a_config_that_is_no_json_is_named(folders, tmp_path):
     (folders[1] / "config.json").write_text("{broken")
     with pytest.raises(InputError, match="model1/config.json is not JSON"):
@@ -152,6 +183,8 @@ def test_a_merged_adapter_is_the_checkpoint_bit_for_bit(adapter, tmp_path, capsy
     base, checkpoint = adapter
     main(["--adapter", str(checkpoint / "adapter"), "--model", str(base), "--output", str(tmp_path / "out")])
     assert "out" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert str(tmp_path) not in card and "with the adapter" in card and "checkpoint-1/adapter" in card
     wanted, got = tensors(checkpoint), tensors(tmp_path / "out")
     assert wanted.keys() == got.keys() and all(torch.equal(wanted[name], got[name]) for name in wanted)
     before = tensors(base)

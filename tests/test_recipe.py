@@ -286,3 +286,34 @@ def test_a_folder_that_is_called_like_a_kind_of_targets_hides_it_not(tmp_path, m
     with pytest.raises(SystemExit):
         parse_recipe(["--teacher", "mine"])
     assert "a model goes to --teacher_model_name_or_path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words,takes",
+    [
+        ("--cut_fractions 0.5", "cut fractions"),
+        ("--cut-budgets=10", "cut budgets"),
+        ("--judge answer", "cut judged"),
+        ("--beta 0.3", "divergence jsd"),
+        ("--teacher_top_k 8", "teacher top_k_cache"),
+        ("--sampling_top_p 0.5", "a sampling_temperature above 0"),
+        ("--max_eval_samples 3", "eval_data"),
+        ("--eval_budgets 0,50%", "eval_data"),
+    ],
+)
+def test_a_flag_that_nothing_reads_is_refused(words, takes, capsys):
+    assert f"only {takes} reads it" in refusal(capsys, ["--data", "q.jsonl", *words.split()])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--data q.jsonl --cut fractions --cut_fractions 0.5",
+        "--data q.jsonl --divergence jsd --beta 0.3",
+        "--data q.jsonl --beta 0.5",  # as it is anyway
+        "--config demo --cut uniform",  # whose cut_fractions were for another cut
+        "--method palign --judge answer --data q.jsonl",
+    ],
+)
+def test_what_is_read_or_was_only_in_the_recipe_is_not_refused(words):
+    parse_recipe(words.split())

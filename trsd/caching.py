@@ -8,7 +8,7 @@ from trsd.errors import InputError
 from trsd.job import Job, with_teacher
 from trsd.memory import out_of_memory_says, turned_down
 from trsd.prepare import build_method, prepare_traces
-from trsd.prepare_teacher import describe_cache, prepare_teacher
+from trsd.prepare_teacher import describe_cache, prepare_teacher, refuse_other_cache
 from trsd.recipe import Recipe
 from trsd.run import alone_in, discard_unbegun, open_run, with_output_dir
 
@@ -36,6 +36,7 @@ def _cache(recipe: Recipe) -> Path:
     torch.manual_seed(recipe.seed)
     try:
         job = Job(recipe, output_dir)
+        refuse_other_cache(job)
         method = build_method(job, prepare_traces(job))
     except (InputError, OSError, ImportError):
         discard_unbegun(output_dir)

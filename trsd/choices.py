@@ -23,8 +23,8 @@ _NAMED = re.compile(
 )
 
 
-def _plain(text: str) -> str:
-    """``text`` without what LaTeX and Markdown put around a letter."""
+def without_style(text: str) -> str:
+    """``text`` without what LaTeX and Markdown put around letters."""
     for _ in range(3):  # styles nest, but not deeply
         text = _STYLE.sub(r"\1 ", text)
     return _SPACE.sub(" ", text).strip()
@@ -32,13 +32,13 @@ def _plain(text: str) -> str:
 
 def reference_choice(reference: str) -> str | None:
     """The capital letter of a reference that is a choice; None for any other reference."""
-    found = _REFERENCE.fullmatch(_plain(reference)) if len(reference) <= 30 else None
+    found = _REFERENCE.fullmatch(without_style(reference)) if len(reference) <= 30 else None
     return (found[1] or found[2]).upper() if found else None
 
 
 def leading_choice(answer: str) -> str | None:
     """The choice that ``answer``, which is nothing but an answer, begins with; None when it is none or several."""
-    answer = _plain(answer[:200])
+    answer = without_style(answer[:200])
     found = _IN_BRACKETS.match(answer) or _BARE.match(answer) or _ALONE.match(answer)
     return found[1].upper() if found else None
 

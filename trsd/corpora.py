@@ -3,6 +3,7 @@
     OpenThoughts, Bespoke-Stratos, Sky-T1   conversations of from / value, a system column, thoughts and solutions in
                                             <|begin_of_thought|> ... <|end_of_thought|> tags of their own
     Llama-Nemotron                          input (messages, or a text) and output, with <think>; a system_prompt column
+    Alpaca's form                           instruction, input (which may be empty) and output, with <think>
     SYNTHETIC-1                             prompt and llm_response, with <think>; its SFT data has messages
 
 System messages are left out: in these corpora they tell a model how to lay out its thinking, which the chat template
@@ -33,6 +34,9 @@ def as_conversation(row: dict[str, Any], *, where: str) -> list[dict[str, str]] 
     """
     if "conversations" in row:
         messages = _turns(row, "conversations", where)
+    elif isinstance(row.get("instruction"), str) and "output" in row and isinstance(row.get("input", ""), str | None):
+        text = "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
+        messages = [{"role": "user", "content": text}, _assistant(row, "output", where)]
     elif "input" in row and "output" in row:
         messages = [*_prompt(row, "input", where), _assistant(row, "output", where)]
     elif "prompt" in row and "llm_response" in row:

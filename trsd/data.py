@@ -2,8 +2,9 @@
 
     messages                        a conversation; an assistant turn with thinking makes it a trace
     prompt + reasoning + answer     a trace as text (question or problem serve as prompt)
+    prompt + response               the same, thinking and answer in one text (also where the answer has the tags)
     question + answer               a question with its reference answer; the teacher writes the trace
-                                    (problem or prompt serve as question)
+                                    (problem or prompt serve as question, final_answer as answer)
     conversations; input + output; prompt + llm_response
                                     rows of published corpora (``corpora.py``)
     prompt_ids, reasoning_ids, ...  a stored trace file
@@ -12,16 +13,17 @@ A row that cannot be used is dropped by a named reason and counted; a row that i
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from trsd.benchmarks import hub_rows, is_hub_source, refuse_unknown_name
-from trsd.corpora import as_conversation, with_think_tags
+from trsd.corpora import THOUGHT_TAGS, as_conversation, with_think_tags
 from trsd.errors import InputError
-from trsd.grading import extract_answer, grade
+from trsd.grading import extract_answer, grade, has_format
+from trsd.metrics import say
 from trsd.models import tokenizer_fingerprint
 from trsd.paths import resolve_bundled
 from trsd.thinking import ThinkFormat
@@ -31,6 +33,9 @@ NO_CLOSE = "no close tag: the thinking never ends"
 NO_ANSWER = "answer of zero tokens"
 SPECIAL_INSIDE = "special token inside the text"
 TAG_INSIDE = "close tag inside the reasoning or the answer"
+QUESTION_COLUMNS = ("question", "problem", "prompt")
+# What a row of a question may hold beside it that looks as if it were meant, and is not read.
+UNREAD = ("instruction", "thinking", "thoughts", "thought", "cot", "chain_of_thought", "reasoning_content", "rationale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,8 @@ class Loaded:
     traces: list[Trace] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     """Rows left out, by reason."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """Columns that look like a part of the question or its reasoning and were not read, with their rows."""
 
 
 def load_data(
@@ -60,15 +67,17 @@ def load_data(
     think: ThinkFormat,
     max_rows: int | None = None,
     as_text: bool = False,
+    asking: bool = False,
     adapt: Callable[[dict[str, Any], str], dict[str, Any] | str] | None = None,
 ) -> Loaded:
     """Read up to ``max_rows`` rows of ``source``; exact duplicates are dropped and counted.
 
     ``as_text``: stored traces of another tokenizer are read by their text, instead of being refused.
+    ``asking``: questions are wanted, so thinking in a response or an answer is left aside.
     ``adapt``: makes (row, its name) a row of a known form, or a reason to drop it.
     """
     loaded, seen = Loaded(), set()
-    reader = RowReader(tokenizer, think, as_text=as_text)
+    reader = RowReader(tokenizer, think, as_text=as_text, asking=asking)
     for where, row in islice(source_rows(source), max_rows):
         row = adapt(row, where) if adapt else row
         item = row if isinstance(row, str) else reader.read(row, where=where)
@@ -79,6 +88,9 @@ def load_data(
         else:
             seen.add(item.id)
             (loaded.traces if isinstance(item, Trace) else loaded.questions).append(item)
+    loaded.unread = reader.unread
+    if unread := describe_drops(loaded.unread):
+        say(f"note: {source} has columns that are not read ({unread}): reasoning is read from reasoning or response")
     if loaded.traces and loaded.questions:
         raise InputError(
             f"{source} mixes {len(loaded.traces)} rows with reasoning and {len(loaded.questions)} without: split them "
@@ -109,8 +121,9 @@ def source_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 class RowReader:
     """Turns rows into questions or traces; the columns decide."""
 
-    def __init__(self, tokenizer: Any, think: ThinkFormat, *, as_text: bool = False) -> None:
-        self.as_text = as_text
+    def __init__(self, tokenizer: Any, think: ThinkFormat, *, as_text: bool = False, asking: bool = False) -> None:
+        self.as_text, self.asking = as_text, asking
+        self.unread: Counter[str] = Counter()
         self.tokenizer = tokenizer
         self.think = think
         self.fingerprint = tokenizer_fingerprint(tokenizer)
@@ -131,18 +144,34 @@ class RowReader:
             return self._messages(row, where=where)
         if (messages := as_conversation(row, where=where)) is not None:
             return self._messages({"messages": messages}, where=where)
-        name = next((name for name in ("question", "problem", "prompt") if name in row), None)
-        if name is not None:
-            messages = [{"role": "user", "content": _text(row, name, where)}]
-            answer = None if row.get("answer") is None else _text(row, "answer", where)
-            if row.get("reasoning") is None:
-                return self._question(messages, answer and extract_answer(answer, whole_text=True))
-            gold = None if row.get("gold") is None else _text(row, "gold", where)
-            return self._trace(messages, _text(row, "reasoning", where), answer or "", gold=gold)
+        names = [name for name in QUESTION_COLUMNS if name in row]
+        if names:
+            return self._named(row, names[0], others=names[1:], where=where)
         raise InputError(
             f"{where}: columns {sorted(row)} fit no known form; expected messages, or prompt + reasoning + answer, or "
             "question + answer, or conversations, or input + output"
         )
+
+    def _named(self, row: dict[str, Any], name: str, *, others: list[str], where: str) -> Question | Trace | str:
+        """A row whose column ``name`` is the question."""
+        messages = [{"role": "user", "content": _text(row, name, where)}]
+        if row.get("reasoning") is not None:
+            answer = next((each for each in ("answer", "response") if row.get(each) is not None), None)
+            text = _text(row, answer, where) if answer else ""
+            return self._trace(messages, _text(row, "reasoning", where), text, gold=_gold(row, ("gold",), where))
+        if not self.asking:
+            written, golds = "response", ("answer", "gold", "final_answer")
+            answer = row.get("answer")
+            if isinstance(answer, str) and any(tag in answer for tag in (self.think.close_tag, THOUGHT_TAGS[1])):
+                written, golds = "answer", golds[1:]
+            if row.get(written) is not None:
+                messages.append({"role": "assistant", "content": _text(row, written, where)})
+                return self._messages({"messages": messages, "gold": _gold(row, golds, where)}, where=where)
+            self.unread.update(each for each in (*others, *UNREAD) if row.get(each) is not None)
+        gold = _gold(row, ("answer", "final_answer"), where)
+        if gold is None and isinstance(row.get("solution"), str) and has_format(row["solution"]):
+            gold = row["solution"]
+        return self._question(messages, gold and extract_answer(gold, whole_text=True))
 
     def _stored(self, row: dict[str, Any], *, where: str) -> Trace | str:
         trace = trace_from_row(row, where=where, tokenizer_fingerprint=self.fingerprint)
@@ -169,8 +198,7 @@ class RowReader:
         for message in messages:
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise InputError(f"{where}: every message needs a role and a content of text")
-        named = next((name for name in ("answer", "gold") if row.get(name) is not None), None)
-        gold = None if named is None else _text(row, named, where)
+        gold = _gold(row, ("answer", "gold"), where)
         if messages[-1]["role"] != "assistant":
             return self._question(messages, gold)
         before, last = messages[:-1], messages[-1]
@@ -194,6 +222,7 @@ class RowReader:
         if isinstance(question, str):
             return question
         reasoning = reasoning.strip("\n").removeprefix(self.think.open_tag).strip("\n")
+        reasoning = "" if reasoning.isspace() else reasoning
         answer = answer.strip().removesuffix(self.tokenizer.eos_token).strip()
         if not answer:
             return NO_ANSWER
@@ -220,6 +249,12 @@ class RowReader:
             correct=None if gold is None else grade(answer, gold),
             tokenizer=self.fingerprint,
         )
+
+
+def _gold(row: dict[str, Any], names: Sequence[str], where: str) -> str | None:
+    """The reference in the first of these columns that has one; a blank one is none."""
+    texts = (_text(row, name, where) for name in names if row.get(name) is not None)
+    return next((text for text in texts if text.strip()), None)
 
 
 def _text(row: dict[str, Any], name: str, where: str) -> str:

@@ -312,7 +312,9 @@ def run(args: EvaluateArguments) -> None:
         raise InputError("direct_baseline, exit_confidence: both are measured at budgets, and there are none")
     if found := budget_problems(args.budgets, args.max_thinking_tokens):
         raise InputError(f"budgets: {found[0]}")
-    loaded = load_data(args.data, tokenizer=reader.tokenizer, think=reader.think, max_rows=args.max_samples)
+    loaded = load_data(
+        args.data, tokenizer=reader.tokenizer, think=reader.think, max_rows=args.max_samples, asking=True
+    )
     questions = graded_questions(loaded)
     check_grader(question.gold for question in questions)
     if drops := describe_drops(loaded.dropped):

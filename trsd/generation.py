@@ -141,7 +141,9 @@ def run(args: GenerateArguments) -> None:
     start = time.perf_counter()
     args = as_trained(args)
     reader = open_reader(args)
-    loaded = load_data(args.data, tokenizer=reader.tokenizer, think=reader.think, max_rows=args.max_samples)
+    loaded = load_data(
+        args.data, tokenizer=reader.tokenizer, think=reader.think, max_rows=args.max_samples, asking=True
+    )
     if loaded.traces:
         raise InputError(f"{args.data} already holds reasoning: nothing to generate")
     check_grader(question.gold for question in loaded.questions)
@@ -157,13 +159,20 @@ def run(args: GenerateArguments) -> None:
             kept = write_traces(args.output, _chosen(journal, list(wanted), args.filter, dropped))
         except OSError as error:
             raise InputError(f"{args.output} cannot be written: {error}\n{_kept(journal, wanted)}") from None
+        others = len(journal) - sum(key in journal for key in wanted)
         if not kept:
             args.output.unlink()
-            if not any("trace" in row for _, row in journal.rows(list(wanted))):
+            if not others and not any("trace" in row for _, row in journal.rows(list(wanted))):
                 journal.remove()  # or other settings would be refused for rows that nobody can use
             raise InputError(f"no trace is left; dropped: {describe_drops(dropped)}")
-        journal.remove()
+        if not others:
+            journal.remove()
     print(f"{kept} traces in {args.output}, {time.perf_counter() - start:.0f} s")
+    if others:
+        print(
+            f"note: {journal.folder} holds {others} rows of questions or samples that were not asked for now, and "
+            "stays: move the output away and give their data to go on with them, or remove the folder"
+        )
     if drops := describe_drops(dropped):
         print(f"dropped: {drops}")
 

@@ -1,8 +1,9 @@
 """Finding the final answer in a text and comparing it with the reference.
 
 Forms, in this order: the last ``\\boxed{}``, the text behind the last ``####``, behind the last "answer is" or
-"Answer:", and the last number. Numbers compare as exact fractions, choices by their letter (``choices.py``), other
-mathematics through math-verify, in a process of its own and within limits (``math_checker.py``).
+"Answer:", and the last number. Numbers compare as exact fractions, choices by their letter (``choices.py``), words
+without their case (``word_answers.py``), other mathematics through math-verify, in a process of its own and within
+limits (``math_checker.py``).
 """
 
 import importlib.util
@@ -10,11 +11,13 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from itertools import islice
 from typing import Literal
 
 from trsd.choices import leading_choice, named_choice, reference_choice
 from trsd.errors import InputError
 from trsd.math_checker import shared_checker
+from trsd.word_answers import as_words, begins_with
 
 Form = Literal["boxed", "hashes", "stated", "number"]
 
@@ -104,8 +107,8 @@ def _find(text: str, *, whole_text: bool = False) -> tuple[Form | None, str | No
         return None, None
     if numbers := _NUMBER.findall(text):
         return "number", numbers[-1]
-    choice = named_choice(text) or reference_choice(text)
-    return ("stated", choice) if choice else (None, None)
+    stated = named_choice(text) or reference_choice(text) or next(filter(as_words, _said(text)), None)
+    return ("stated", stated) if stated else (None, None)
 
 
 def _without_emphasis(text: str) -> str:
@@ -135,6 +138,18 @@ def _choice(text: str, *, last_resort: bool) -> str | None:
     if stated or not last_resort:
         return stated
     return leading_choice(text.strip().rpartition("\n")[2].strip())
+
+
+def _says(text: str, words: str, *, last_resort: bool) -> bool:
+    """Whether ``text`` states these ``words``: boxed, behind ``####`` or the last "answer is", or as its last line."""
+    if boxed := last_boxed(text):
+        return as_words(boxed) == words
+    text = _without_emphasis(text)
+    if "####" in text:
+        return begins_with(text.rsplit("####", 1)[1].strip(), words)
+    for rest in islice(_said(text), 1):
+        return begins_with(rest, words)
+    return last_resort and as_words(text.strip().rpartition("\n")[2]) == words
 
 
 def _stated(rest: str) -> str | None:
@@ -176,6 +191,8 @@ def grade(text: str, gold: str, *, like: str | None = None) -> bool:
     wanted = reference_choice(reference)
     if wanted and (chosen := _choice(text, last_resort=last_resort)):
         return chosen == wanted
+    if (words := as_words(reference)) and _says(text, words, last_resort=last_resort):
+        return True
     answer = extract_answer(text, last_number=last_resort)
     if answer is None:
         return False

@@ -154,7 +154,7 @@ class Job(Placement):
         if recipe.eval_data is None:
             return None
         loaded = load_data(
-            recipe.eval_data, tokenizer=self.tokenizer, think=self.think, max_rows=recipe.max_eval_samples
+            recipe.eval_data, tokenizer=self.tokenizer, think=self.think, max_rows=recipe.max_eval_samples, asking=True
         )
         if drops := describe_drops(loaded.dropped):
             print(f"evaluation questions dropped: {drops}")

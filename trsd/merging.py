@@ -27,7 +27,7 @@ from trsd.adapters import ADAPTER, CONFIG, PEFT_PREFIX, WEIGHTS
 from trsd.errors import InputError
 from trsd.files import share_like_folder, write_json
 from trsd.merge import MergeArguments
-from trsd.model_card import CARD, front_matter, serving_facts
+from trsd.model_card import CARD, SERVED_BY, base_of, front_matter, name_of_folder, serving_facts
 from trsd.models import load_tokenizer, model_folder, tokenizer_fingerprint
 
 # What a config may differ in without being another model.
@@ -88,10 +88,10 @@ def merge(folders: Sequence[Path], output: Path, *, weights: Sequence[float] = (
         models = [Checkpoint(folder, stack) for folder in folders]
         _refuse_unlike(models)
         _write_model(models[0], temporary, lambda name: _mean(models, shares, name))
-        lines = [f"- {share:.4g} x {folder}" for folder, share in zip(folders, shares, strict=True)]
-        facts = [serving_facts(folder) for folder in folders]
-        alike = all(other == facts[0] for other in facts)
-        _write_card(temporary, ["The mean of the weights of", "", *lines], facts[0] if alike else None)
+        names = [base_of(str(folder)).shown for folder in folders]
+        lines = [f"- {share:.4g} x {name}" for name, share in zip(names, shares, strict=True)]
+        facts = _common_facts([serving_facts(folder) for folder in folders])
+        _write_card(temporary, ["The mean of the weights of", "", *lines], facts)
 
 
 def merge_adapter(adapter: Path, base: Path, output: Path) -> None:
@@ -127,7 +127,8 @@ def merge_adapter(adapter: Path, base: Path, output: Path) -> None:
         config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)
         write_json(temporary / "config.json", config | {"dtype": "float32"})
-        lines = [f"{base}", "", f"with the adapter {folder} merged into {len(pairs)} of its matrices"]
+        name = f"{name_of_folder(folder.parent)}/{ADAPTER}" if folder.name == ADAPTER else name_of_folder(folder)
+        lines = [base_of(str(base)).shown, "", f"with the adapter {name} merged into {len(pairs)} of its matrices"]
         _write_card(temporary, lines, serving_facts(folder.parent))
 
 
@@ -251,6 +252,20 @@ def _mean(models: Sequence[Checkpoint], shares: Sequence[float], name: str) -> T
     for tensor, share in zip(tensors, shares[1:], strict=True):
         total.add_(tensor.to(wide), alpha=share)
     return total.to(first.dtype)
+
+
+def _common_facts(facts: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """What the cards of several models say alike; None, which is said, where a mean could be served in no one way."""
+    known = [each for each in facts if each is not None]
+    unlike = [name for name in SERVED_BY if len({each[name] for each in known}) > 1]
+    if len(known) < len(facts) or unlike:
+        if known:
+            why = f"differ in {', '.join(unlike)}" if unlike else "do not all have a card that says so"
+            print(f"note: the models {why}, so the mean's card says nothing of closer, tags and limits")
+        return None
+    budgets = [each for each in known[0]["budgets"] if all(each in other["budgets"] for other in known)]
+    methods = " + ".join(dict.fromkeys(each["method"] for each in known))
+    return known[0] | {"budgets": budgets, "method": methods}
 
 
 def _write_card(folder: Path, lines: Sequence[str], facts: dict[str, Any] | None) -> None:

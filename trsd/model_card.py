@@ -45,6 +45,8 @@ FACTS = {
     "max_thinking_tokens": int,
     "max_answer_tokens": int,
 }
+# Those that say how a model is asked; the others tell what was done with it.
+SERVED_BY = ("closer", "open_tag", "close_tag", "max_thinking_tokens", "max_answer_tokens")
 
 
 class _Quoting(yaml.SafeDumper):

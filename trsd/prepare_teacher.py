@@ -22,8 +22,8 @@ from trsd.methods import Method, TeacherExamples
 from trsd.metrics import progress_bar
 from trsd.models import logit_options, tokenizer_fingerprint, weights_fingerprint
 from trsd.parallel import shard_teacher
-from trsd.recipe import ONLINE
-from trsd.row_shards import MANIFEST, building_folder
+from trsd.recipe import CACHE_OF_ALL, ONLINE
+from trsd.row_shards import MANIFEST, building_folder, check_fingerprint, read_manifest
 from trsd.teacher_cache import (
     HiddenCache,
     TopKCache,
@@ -63,6 +63,20 @@ def prepare_teacher(job: Job, method: Method) -> Teacher | None:
         return HiddenCache(folder, **shared)
     kind = TopKCache if recipe.teacher == "top_k_cache" else VectorCache
     return kind(folder, temperature=recipe.temperature, **shared)
+
+
+def refuse_other_cache(job: Job) -> None:
+    """Raise InputError, before other work, where ``teacher_cache_dir`` holds another kind than the recipe asks for."""
+    recipe = job.recipe
+    cached = recipe.alpha > 0 and recipe.teacher.endswith("_cache")
+    if recipe.teacher_cache_dir and cached and (job.cache_folder / MANIFEST).exists():
+        stored = read_manifest(job.cache_folder)["fingerprint"]
+        wanted = {"kind": recipe.teacher}
+        if recipe.teacher != CACHE_OF_ALL:
+            wanted["temperature"] = str(recipe.temperature)
+        if recipe.teacher == "top_k_cache":
+            wanted["k"] = str(recipe.teacher_top_k)
+        check_fingerprint(job.cache_folder, {name: stored.get(name) for name in wanted}, wanted)
 
 
 def student_as_teacher(job: Job, student: PreTrainedModel, method: Method) -> Teacher | None:

@@ -4,6 +4,7 @@ How it is read from YAML and flags: ``recipe_file.py``.
 """
 
 import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -278,6 +279,27 @@ METHOD_FIELDS: dict[str, tuple[str, ...]] = {
     "judge": ("palign", "trsd"),
     "completion": ("palign",),
 }
+
+
+# Fields that are read under certain values of others alone: whether they are, and what that takes.
+READ_WITH: dict[str, tuple[Callable[[Recipe], bool], str]] = {
+    "cut_fractions": (lambda recipe: recipe.cut == "fractions", "cut fractions"),
+    "cut_budgets": (lambda recipe: recipe.cut == "budgets", "cut budgets"),
+    "judge": (lambda recipe: recipe.method == "palign" or recipe.cut == "judged", "cut judged"),
+    "beta": (lambda recipe: recipe.divergence == "jsd", "divergence jsd"),
+    "teacher_top_k": (lambda recipe: recipe.teacher == "top_k_cache", "teacher top_k_cache"),
+    "sampling_top_p": (lambda recipe: recipe.sampling_temperature > 0, "a sampling_temperature above 0"),
+    **dict.fromkeys(("eval_budgets", "max_eval_samples"), (lambda recipe: recipe.eval_data is not None, "eval_data")),
+}
+
+
+def unread_problems(recipe: Recipe, names: Collection[str]) -> list[str]:
+    """What is wrong with setting the fields ``names``: that ``recipe`` reads some of them nowhere."""
+    return [
+        f"{name}: only {takes} reads it: set that, or leave {name} out"
+        for name, (is_read, takes) in READ_WITH.items()
+        if name in names and not is_read(recipe) and getattr(recipe, name) != getattr(Recipe(), name)
+    ]
 
 
 def with_method_defaults(recipe: Recipe) -> Recipe:

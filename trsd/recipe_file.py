@@ -13,7 +13,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 
 from trsd.flags import parse_flags, with_values
-from trsd.recipe import Recipe, belongs_to_a_method, with_method_defaults
+from trsd.recipe import Recipe, belongs_to_a_method, unread_problems, with_method_defaults
 
 METHODS, TEACHERS = (get_args(get_type_hints(Recipe)[name]) for name in ("method", "teacher"))
 RECIPES = Path(__file__).parent / "recipes"
@@ -141,9 +141,15 @@ def parse_recipe(argv: list[str] | None = None, *, prog: str = "python -m trsd.t
         "--dry_run         print the resolved recipe and stop"
     )
     recipe = parse_flags(Recipe, rest, prog=prog, default=base, description=description)
-    if found := recipe.problems():
+    # Of what flags say alone: a recipe may have been written for other values of what they change.
+    if found := recipe.problems() + unread_problems(recipe, {_field_of(word) for word in rest}):
         fail("\n       ".join(found))
     return with_method_defaults(recipe), name, own.dry_run == "True"
+
+
+def _field_of(word: str) -> str:
+    """The field that a word of a command line sets, if it is a flag."""
+    return word.split("=")[0].removeprefix("--").replace("-", "_") if word.startswith("--") else ""
 
 
 def names_a_job(words: list[str]) -> bool:

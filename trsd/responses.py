@@ -43,6 +43,8 @@ def read_responses(path: Path) -> list[Response]:
                     f"{where}: expected problem or question, answer and response, all of them text; "
                     + (f"{wanted} is {type(row[wanted]).__name__}" if wanted in row else f"columns are {sorted(row)}")
                 )
+        if not row["answer"].strip():
+            raise InputError(f"{where}: the reference answer is empty: give one, or leave the row out")
         response = Response(row[name], row["answer"], row["response"])
         gold, first = golds.setdefault(response.question, (response.gold, where))
         if gold != response.gold:

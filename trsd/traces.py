@@ -171,6 +171,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, endless numbers or brackets
                 whole = line.lstrip()[:1] in (b"[", b"{") and number == 1 and line.strip()[-1:] in b"[{,"
                 hint = "is the file one JSON document? Write one object a line (JSON Lines)" if whole else MEND
+                hint = "it is UTF-16: save it as UTF-8" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else hint
                 raise InputError(f"{where}: not a JSON row in UTF-8 ({error}); {hint}") from None
             if row is None:
                 continue

@@ -38,7 +38,7 @@ from trsd.methods import Method
 from trsd.metrics import MetricsLog, Pace, progress_bar, say, step_line
 from trsd.model_card import ModelCard
 from trsd.prepare import build_method, prepare_traces
-from trsd.prepare_teacher import prepare_teacher, student_as_teacher
+from trsd.prepare_teacher import prepare_teacher, refuse_other_cache, student_as_teacher
 from trsd.ranks import Ranks, ended_at_once, is_lost_rank, open_ranks
 from trsd.recipe import Recipe
 from trsd.recipe_file import fail, recipe_as_yaml
@@ -211,6 +211,7 @@ def _run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) ->
     try:
         job = Job(recipe, output_dir, ranks)
         _ = job.evaluation_questions  # what is wrong with them is said before any work
+        refuse_other_cache(job)
         method = build_method(job, prepare_traces(job))
         held_out = held_out_traces(recipe, len(method.traces))
         ranks.agree("traces or model files", input_fingerprint(job))

@@ -1,5 +1,6 @@
 """From every token's terms to what a loss function returns: weights, denominator, reduction."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ def check_reduction(reduction: str, num_items_in_batch: Tensor | float | None) -
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if reduction != "mean" and num_items_in_batch is not None:
         raise ValueError(f'num_items_in_batch is the denominator of reduction="mean", got reduction={reduction!r}')
+    if isinstance(num_items_in_batch, int | float) and not 0 <= num_items_in_batch < math.inf:
+        raise ValueError(f"num_items_in_batch: expected 0 or more, got {num_items_in_batch}")
 
 
 def weights_and_items(

@@ -61,7 +61,7 @@ def questions(
         )
     loaded = load_tokenizer(model_folder(name))
     think = ThinkFormat.of(loaded, open_tag=open_tag, close_tag=close_tag)
-    asked = graded_questions(load_data(source, tokenizer=loaded, think=think))
+    asked = graded_questions(load_data(source, tokenizer=loaded, think=think, asking=True))
     cut_off = model_args.get("think_end_token") is not None
     check_close_tag(loaded, think, cut_off=cut_off)
     template_args = {key: model_args[key] for key in ("enable_thinking",) if model_args.get(key) is not None}
