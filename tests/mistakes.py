@@ -111,7 +111,6 @@ FOLDERS = [
         f"train {TRACES} --output_dir run --teacher top_k_cache --teacher_cache_dir done/teacher",
         "error: the teacher cache … was made with other …: delete the folder and it is computed again, or go back to "
         "what it was made with",
-        leaves="traces",
     ),
 ]
 
