@@ -48,6 +48,12 @@ class Transfer(Rounds):
         self.move, self.check, self.undo = move, check, undo
         self._outcome, self._checked = None, False
 
+    def once(self) -> None:
+        """One timed round; what ``undo`` still does on a GPU is not its."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        super().once()
+
     def warm_up(self) -> float:
         """Seconds of a first round, whose outcome was right."""
         self.once()

@@ -297,7 +297,6 @@ def test_a_folder_that_is_called_like_a_kind_of_targets_hides_it_not(tmp_path, m
         ("--beta 0.3", "divergence jsd"),
         ("--teacher_top_k 8", "teacher top_k_cache"),
         ("--sampling_top_p 0.5", "a sampling_temperature above 0"),
-        ("--max_eval_samples 3", "eval_data"),
         ("--eval_budgets 0,50%", "eval_data"),
     ],
 )

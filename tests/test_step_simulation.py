@@ -210,7 +210,7 @@ def test_a_qwen_holds_what_was_counted_by_hand(num_layers):
         recipe = make_recipe(method="sft", max_tokens_per_batch=16384, train_batch_size=num_traces, **changes)
         return simulated(recipe, target="cuda", ceilings=GPU, student=student, lengths=(50, 800, 150))
 
-    longer, shorter = cost(4), cost(3)
+    longer, shorter = cost(8), cost(7)  # so many that a step holds most before its gradients are there
     head = 151936 * 2560  # shared with the embeddings, and the one weight without a copy
     parameters = head + num_layers * 100_930_816 + 2560
     assert num_layers < 36 or parameters == 4_022_468_096
@@ -226,7 +226,7 @@ def test_a_qwen_holds_what_was_counted_by_hand(num_layers):
     compiled = (cost(count, torch_compile=True) for count in (16, 12))
     assert added(*compiled) == pytest.approx(85.8e3, rel=0.05)
     times_less = 5 if num_layers == 36 else 2  # one layer is there whole
-    assert cost(4, gradient_checkpointing=True).held[ACTIVATIONS] < longer.held[ACTIVATIONS] / times_less
+    assert cost(8, gradient_checkpointing=True).held[ACTIVATIONS] < longer.held[ACTIVATIONS] / times_less
 
 
 def test_a_smaller_chunk_of_logits_is_seen():

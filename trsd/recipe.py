@@ -289,7 +289,7 @@ READ_WITH: dict[str, tuple[Callable[[Recipe], bool], str]] = {
     "beta": (lambda recipe: recipe.divergence == "jsd", "divergence jsd"),
     "teacher_top_k": (lambda recipe: recipe.teacher == "top_k_cache", "teacher top_k_cache"),
     "sampling_top_p": (lambda recipe: recipe.sampling_temperature > 0, "a sampling_temperature above 0"),
-    **dict.fromkeys(("eval_budgets", "max_eval_samples"), (lambda recipe: recipe.eval_data is not None, "eval_data")),
+    "eval_budgets": (lambda recipe: recipe.eval_data is not None, "eval_data"),
 }
 
 
