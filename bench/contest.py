@@ -117,6 +117,8 @@ def _time(
     deadline: Deadline,
 ) -> None:
     """Rounds of all ``steps``; who finds no memory beside the others leaves them, and its fields say so."""
+    if deadline.interrupted:  # each has the round that it was tried by
+        return
     a_round = sum(step.seconds[-1] for step in steps.values())
     rounds = int(min(rounds, max(LEAST_ROUNDS, deadline.seconds_left / a_round)))
     first = next(iter(steps))

@@ -19,6 +19,11 @@ class Deadline:
         """Until then; negative afterwards."""
         return self._end - time.monotonic()
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether somebody wants everything to end."""
+        return self._end == float("-inf")
+
     def is_now(self) -> None:
         """Let what was measured until now be all, as at an interrupt."""
         self._end = float("-inf")

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 SECONDS = 530.0
 # Of a stage's time, left to what is running when no new line may begin.
 LAST_LINE = 0.25
-GRACE = 15.0
+GRACE = 30.0
 MOST_PROCESSES = 12  # on one GPU, where each has a context and memory of its own
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # for each of several processes
 # Steps of many sizes follow each other on a nearly full GPU: freed memory must fit whatever comes next.
