@@ -220,6 +220,7 @@ def test_where_questions_are_wanted_responses_are_left_aside(load):
         (dict(problem="?", solution="It is 12 or so", answer=None), None),
         (dict(problem="?", solution="So \\boxed{12}.", final_answer="13"), "13"),
         (dict(problem="?", answer=" "), None),
+        (dict(problem="?", final_answer=["1", "2"]), None),
     ],
 )
 def test_the_reference_is_found_wherever_it_stands(load, row, gold):

@@ -155,6 +155,8 @@ class RowReader:
     def _named(self, row: dict[str, Any], name: str, *, others: list[str], where: str) -> Question | Trace | str:
         """A row whose column ``name`` is the question."""
         messages = [{"role": "user", "content": _text(row, name, where)}]
+        if not isinstance(row.get("final_answer"), str | float | int):  # a list of several, in some data sets
+            row = {**row, "final_answer": None}
         if row.get("reasoning") is not None:
             answer = next((each for each in ("answer", "response") if row.get(each) is not None), None)
             text = _text(row, answer, where) if answer else ""
