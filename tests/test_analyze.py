@@ -80,7 +80,7 @@ def test_responses_are_split_at_the_tags(load):
     [
         (SOLUTION, {}, "rows.jsonl holds questions without reasoning.*--solutions True"),
         ({"answer": "x #### 3"}, {"solutions": True}, "rows.jsonl:1: --solutions expects question"),
-        ({"problem": "?", "response": 3}, {}, "rows.jsonl:1: response must be text, got int"),
+        ({"problem": "?", "response": ["hm"]}, {}, "rows.jsonl:1: response must be text, got list"),
         (SOLUTION | {"answer": "none"}, {"solutions": True}, "no usable row .1 x no ####"),
     ],
 )

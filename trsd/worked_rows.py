@@ -1,11 +1,7 @@
-"""Rows with reasoning in forms that training does not take, as traces to be analysed.
+"""Rows with reasoning as traces to be analysed: those of ``data.py``, and worked solutions, of which none is trained.
 
-    question + answer, with ``solutions``   the answer column holds a worked solution, then ``#### final`` (GSM8K): what
-                                            stands before ``####`` is the reasoning
-    problem or question, response           the response holds the thinking in open and close tags; the answer column,
-                                            where there is one, is the reference
-
-Rows of any other form are read as ``data.py`` reads them.
+With ``solutions``, the answer column of question + answer holds a worked solution, then ``#### final`` (GSM8K): what
+stands before ``####`` is the reasoning.
 """
 
 from typing import Any
@@ -33,7 +29,7 @@ def load_traces(
     Raises:
         InputError: a malformed row, rows without reasoning, or no usable row at all.
     """
-    adapt = _as_solution if solutions else _as_response
+    adapt = _as_solution if solutions else None
     loaded = load_data(source, tokenizer=tokenizer, think=think, max_rows=max_rows, adapt=adapt)
     if loaded.questions:
         raise InputError(
@@ -60,19 +56,6 @@ def _as_solution(row: dict[str, Any], where: str) -> dict[str, Any] | str:
     if not tag or not final.strip():
         return NO_FINAL_ANSWER
     return {name: row[name], "reasoning": solution.rstrip(), "answer": final.strip(), "gold": final.strip()}
-
-
-def _as_response(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """A problem with a tagged response as a conversation; any other row as it is."""
-    name = _question_column(row)
-    if name is None or "response" not in row:
-        return row
-    if not isinstance(row["response"], str):
-        raise InputError(f"{where}: response must be text, got {type(row['response']).__name__}")
-    if not isinstance(row[name], str):
-        raise InputError(f"{where}: {name} must be text, got {type(row[name]).__name__}")
-    turns = [{"role": "user", "content": row[name]}, {"role": "assistant", "content": row["response"]}]
-    return {"messages": turns, "answer": row.get("answer")}
 
 
 def _question_column(row: dict[str, Any]) -> str | None:
