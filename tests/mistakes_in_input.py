@@ -232,6 +232,11 @@ SETTINGS = [
         "error: … is not YAML: …",
     ),
     Mistake(
+        "minutes and seconds in a recipe",
+        "train --config sixty.yaml",
+        "error: …: YAML takes … for …: write the number itself",
+    ),
+    Mistake(
         "a key that is none",
         "cache --config unknown-key.yaml",
         "error: …: unknown key '…'; did you mean …?",

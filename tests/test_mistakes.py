@@ -91,6 +91,7 @@ def _make_data(folder):
     (folder / "empty.jsonl").touch()
     (folder / "table.csv").write_text("question,answer\n")
     (folder / "unknown-key.yaml").write_text("learning_rte: 1e-4\n")
+    (folder / "sixty.yaml").write_text("timeout_seconds: 1:30\n")
 
 
 def pattern_of(message):

@@ -1,13 +1,18 @@
 """How a step's rows are shared between ranks."""
 
+import time
+from datetime import timedelta
+
 import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trsd.batching import Example, pack_examples
 from trsd.errors import InputError
 from trsd.launch import launched_ranks
-from trsd.ranks import Ranks
+from trsd.ranks import REPLICAS, SHARDS, Ranks, open_ranks
 from trsd.row_shares import share_rows
 from trsd_kernels.layout import pack_sequences
 
@@ -64,3 +69,24 @@ def test_ranks_that_know_no_address_are_refused(monkeypatch):
 def test_ranks_that_do_not_divide_are_refused():
     with pytest.raises(InputError, match="4 ranks do not divide into groups of 3"):
         Ranks(size=4).mesh(3)
+
+
+def wait_in_groups():
+    with open_ranks(2) as ranks:
+        assert ranks.timeout == timedelta(seconds=2)
+        mesh = ranks.mesh(2)
+        assert mesh.mesh.tolist() == [[0, 1], [2, 3]] and mesh.mesh_dim_names == (REPLICAS, SHARDS)
+        mine = {name: dist.get_process_group_ranks(mesh.get_group(name)) for name in (REPLICAS, SHARDS)}
+        row, column = divmod(ranks.rank, 2)
+        assert mine == {REPLICAS: [column, column + 2], SHARDS: [2 * row, 2 * row + 1]}
+        for name in (REPLICAS, SHARDS):
+            if dist.get_rank(mesh.get_group(name)) == 0:
+                began = time.monotonic()
+                with pytest.raises(RuntimeError, match="Timed out"):
+                    dist.all_reduce(torch.ones(()), group=mesh.get_group(name))
+                assert 1 < time.monotonic() - began < 60  # torch's own is half an hour
+            ranks.wait()
+
+
+def test_groups_of_ranks_wait_no_longer_than_the_run_says(launch):
+    launch.call(wait_in_groups, num_ranks=4)

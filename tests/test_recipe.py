@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -53,6 +54,22 @@ def test_unknown_yaml_key_exits_2_with_a_suggestion(write, capsys):
     assert "unknown key 'learning_rte'; did you mean learning_rate?" in refusal(
         capsys, ["--config", write("learning_rte: 1\n")]
     )
+
+
+@pytest.mark.parametrize(
+    ("written", "taken"), [("1:30", 90), ("-1:30", -90), ("0100", 64), ("-0_17", -15), ("1:30.5", 90.5)]
+)
+def test_numbers_that_yaml_takes_for_others_are_refused(write, capsys, written, taken):
+    found = refusal(capsys, ["--config", write(f"seed: 3\ntimeout_seconds: {written}\n")])
+    assert f"r.yaml:2: YAML takes {written} for {taken}: write the number itself" in found
+
+
+def test_other_ways_to_write_numbers_in_yaml_are_taken(write):
+    recipe = load_recipe(
+        Path(write("max_steps: 1_000\nseed: 0x10\nlearning_rate: 1e-4\nalpha: 0.5\nlogging_steps: +7\n"))
+    )
+    assert (recipe.max_steps, recipe.seed, recipe.learning_rate, recipe.alpha) == (1000, 16, 1e-4, 0.5)
+    assert recipe.logging_steps == 7
 
 
 def test_unknown_flag_exits_2_with_a_suggestion(capsys):

@@ -7,7 +7,7 @@ from trsd.errors import InputError
 from trsd.traces import read_rows, read_traces, write_traces
 
 
-@pytest.mark.parametrize("name", ["traces.jsonl", "deep/traces.parquet"])
+@pytest.mark.parametrize("name", ["traces.jsonl", "deep/traces.parquet", "TRACES.JSONL", "traces.Parquet"])
 def test_traces_come_back_as_they_were_written(tmp_path, traces, name):
     assert write_traces(tmp_path / name, traces) == len(traces)
     assert read_traces(tmp_path / name, tokenizer_fingerprint=traces[0].tokenizer) == traces

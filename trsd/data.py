@@ -109,7 +109,7 @@ def describe_drops(dropped: Counter[str]) -> str:
 def source_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a local file or, for a name that is no path, of a data set of the hub (``benchmarks.py``)."""
     path = Path(resolve_bundled(source))
-    if path.is_file() or path.suffix in FILE_TYPES:
+    if path.is_file() or path.suffix.lower() in FILE_TYPES:
         return read_rows(path)
     if is_hub_source(source, taken=path.exists()):
         return hub_rows(source)

@@ -108,6 +108,6 @@ def _hints(words: Sequence[str], names: set[str]) -> list[str]:
             continue
         if before.endswith(","):
             hints.append(f"a list is one word, without spaces: {before}{word}")
-        elif Path(word).suffix in (".jsonl", ".parquet") and "data" in names:
+        elif Path(word).suffix.lower() in (".jsonl", ".parquet") and "data" in names:
             hints.append(f"--data {word}?")
     return hints

@@ -5,6 +5,7 @@ An unknown key, a wrong type or a contradiction ends the program with exit code 
 
 import argparse
 import difflib
+import re
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -70,8 +71,12 @@ def _as_flags(values: dict[str, Any], path: Path) -> tuple[list[str], dict[str, 
     return words, texts
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML without its silent choice between two values of one key."""
+class _Misread(yaml.constructor.ConstructorError):
+    """YAML takes a number for another one than who wrote it."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its silent choice between two values of one key, and without its numbers to base 8 and 60."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -80,15 +85,29 @@ class _UniqueKeys(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def number(self, node: yaml.ScalarNode) -> int | float:
+        """The number of ``node``; 1:30 and 010 raise, which would be 90 and 8."""
+        kind = node.tag.rpartition(":")[2]
+        value = getattr(self, f"construct_yaml_{kind}")(node)
+        if ":" in node.value or kind == "int" and re.match(r"[-+]?0[0-9_]", node.value):
+            raise _Misread(None, None, f"YAML takes {node.value} for {value}: write the number itself", node.start_mark)
+        return value
+
+
+for kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{kind}", _Loader.number)
+
 
 def _yaml_values(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The ``key: value`` lines of a recipe over those of the recipe it names as ``base``."""
     if path.resolve() in seen:
         fail(f"{path}: base: these recipes build on each other in a circle")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
     except OSError as error:
         fail(f"no recipe at {path} ({error.strerror}); shipped: {', '.join(shipped_recipes())}")
+    except _Misread as error:
+        fail(f"{path}:{error.problem_mark.line + 1}: {error.problem}")
     except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
         # The last three are what PyYAML raises for values that are not what their form or tag says, or too deep.
         fail(f"{path} is not YAML: {error}")

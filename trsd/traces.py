@@ -90,11 +90,16 @@ def trace_from_row(row: dict[str, Any], *, where: str, tokenizer_fingerprint: st
     return Trace(**row)
 
 
+def _type(path: Path) -> str:
+    """What a file is by its ending, in capitals or not."""
+    return path.suffix.lower()
+
+
 def check_trace_path(path: Path) -> None:
     """Raise when traces could not be written to or read back from ``path`` by its type."""
-    if path.suffix not in FILE_TYPES:
+    if _type(path) not in FILE_TYPES:
         raise InputError(f"{path}: expected a .jsonl or .parquet file")
-    if path.suffix == ".parquet":
+    if _type(path) == ".parquet":
         _parquet()
 
 
@@ -103,7 +108,7 @@ def write_traces(path: Path, traces: Iterable[Trace]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        count = (_write_parquet if path.suffix == ".parquet" else _write_jsonl)(temporary, map(asdict, traces))
+        count = (_write_parquet if _type(path) == ".parquet" else _write_jsonl)(temporary, map(asdict, traces))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -151,7 +156,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InputError(f"{path} is a folder: expected a .jsonl or .parquet file")
     if not path.is_file():
         raise FileNotFoundError(f"no data file at {path}: check the path (it is taken relative to the current folder)")
-    if path.suffix == ".parquet":
+    if _type(path) == ".parquet":
         _, parquet = _parquet()
         try:
             rows = parquet.read_table(path).to_pylist()
@@ -160,7 +165,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, row in enumerate(rows, start=1):
             yield f"{path}:{number}", row
         return
-    if path.suffix not in FILE_TYPES:
+    if _type(path) not in FILE_TYPES:
         raise InputError(f"{path}: expected a .jsonl or .parquet file")
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
