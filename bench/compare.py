@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from bench.lines import AttentionLine, CeilingLine, DecodingLine, InTurnLine, StepLine, TrainingLine
 from bench.record import GIB
 from bench.results_files import NotResults, Suites, read_suites
+from trsd.terminal import at_a_terminal
 
 REFERENCES = ("bare GEMMs", "LSP reference")
 REFERENCE_IS_OURS = (AttentionLine, StepLine, DecodingLine)
@@ -71,6 +72,7 @@ class Row(NamedTuple):
         )
 
 
+@at_a_terminal()
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare from the command line; files that cannot be read exit with code 2."""
     parser = argparse.ArgumentParser(

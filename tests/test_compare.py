@@ -297,3 +297,11 @@ def test_a_question_that_stands_twice_is_shown_as_each_time_it_was_answered(eval
     page = page_of(evaluated, tmp_path)
     assert "Of the first 2 questions" in page
     assert page.count("the second time, by A") == page.count("the second time, by B") == 1
+
+
+def test_an_evaluations_folder_is_left_alone(evaluated, tmp_path, capsys):
+    stored = (evaluated[0] / "evaluation.json").read_text()
+    with pytest.raises(SystemExit) as exit_:
+        main([*map(str, evaluated), "--output_dir", str(evaluated[0])])
+    assert exit_.value.code == 2 and "holds an evaluation already" in capsys.readouterr().err
+    assert (evaluated[0] / "evaluation.json").read_text() == stored and len(list(evaluated[0].iterdir())) == 1

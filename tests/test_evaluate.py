@@ -125,6 +125,12 @@ def test_evaluate_command_without_budgets_writes_results_and_no_curve(tiny_folde
     assert not (tmp_path / "out" / "curve.png").exists() and "1 questions" in capsys.readouterr().out
 
 
+def test_a_nucleus_of_greedy_samples_is_refused(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--top_p", "0.5"])
+    assert exit_.value.code == 2 and "top_p: only a temperature above 0 reads it" in capsys.readouterr().err
+
+
 def test_several_greedy_samples_are_refused(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["--num_samples", "3"])

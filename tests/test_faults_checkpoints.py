@@ -264,6 +264,56 @@ def test_fault_09_no_optimizer_state_after_some_steps_is_refused(saved):
         load_state(folder, model=saved.model, optimizer=saved.optimizer)
 
 
+@pytest.mark.parametrize("num_skipped", [3, 2])
+def test_fault_09_a_checkpoint_before_the_first_step_that_was_taken_needs_no_state(saved, num_skipped):
+    folder = saved(3)
+    save_file({}, folder / "state" / "optimizer.safetensors")
+    trainer = {"step": 3, "guard": {"num_skipped": num_skipped}}
+    (folder / "state" / "trainer.json").write_text(json.dumps(trainer))
+    saved.optimizer.state.clear()
+    if num_skipped == 2:
+        with pytest.raises(InputError, match="holds no state after 1 steps"):
+            load_state(folder, model=saved.model, optimizer=saved.optimizer)
+    else:
+        step, stored = load_state(folder, model=saved.model, optimizer=saved.optimizer)
+        assert step == 3 and stored["guard"] == trainer["guard"] and not saved.optimizer.state
+
+
+@pytest.mark.parametrize(
+    ("flags", "model"),
+    [(dict(lora_rank=4), "base model"), (dict(teacher="online"), "teacher model")],
+)
+def test_fault_09_models_that_are_read_again_on_resuming_are_held_to_what_they_were(
+    run, capsys, tiny_folder, tokenizer, flags, model
+):
+    pytest.importorskip("peft")
+    flags = dict(max_steps=2, save_steps=1) | flags
+    folder = run("run", **flags)
+    shutil.rmtree(folder / "checkpoint-2")
+    make_tiny_model(tokenizer, seed=7).save_pretrained(tiny_folder)
+    before, again = losses(folder), dict(flags, resume_from_checkpoint="latest")
+    if model == "base model":
+        shutil.rmtree(folder / "teacher", ignore_errors=True)
+    assert f"checkpoint-1 was trained on other {model} than this run has now" in refusal(
+        capsys, lambda: run("run", **again)
+    )
+    assert losses(folder) == before
+    trainer = json.loads((folder / "checkpoint-1" / "state" / "trainer.json").read_text())
+    del trainer[model]  # as earlier versions wrote it
+    (folder / "checkpoint-1" / "state" / "trainer.json").write_text(json.dumps(trainer))
+    write_manifest(folder / "checkpoint-1")
+    run("run", **again)
+
+
+def test_fault_09_a_checkpoint_with_later_ones_beside_it_is_gone_back_to_when_they_are_away(run, two, tmp_path, capsys):
+    before = losses(two)
+    error = refusal(capsys, lambda: resume(run, resume_from_checkpoint="checkpoint-1"))
+    assert "checkpoint-2 of" in error and "comes after checkpoint-1" in error and losses(two) == before
+    (two / "checkpoint-2").rename(tmp_path / "away")
+    resume(run, resume_from_checkpoint="checkpoint-1")
+    assert losses(two) == before
+
+
 def test_fault_09_a_complete_run_that_is_resumed_says_so(run, two, capsys):
     before = losses(two)
     resume(run)

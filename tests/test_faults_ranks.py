@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import losses, make_tiny_model, refusal
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from trsd.checkpoint_folders import newest_whole
 from trsd.metrics import read_metrics
@@ -272,3 +273,23 @@ def test_torchrun_starts_the_ranks_and_gets_their_exit_code(words, tmp_path):
     refused = torchrun()
     assert refused.returncode == 1 and refused.stderr.count("already holds a run") == 1
     assert "exitcode  : 2" in refused.stderr and "Traceback (most" not in refused.stderr.split("torchrun")[0]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_fault_06_a_model_that_drops_activations_resumes_bit_for_bit(ran, tmp_path, tokenizer, num_ranks):
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        n_positions=512,
+        attn_pdrop=0.0,
+        tie_word_embeddings=True,
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "tiny")
+    flags = dict(save_steps=2, train_batch_size=9)
+    folder = ran("run", num_ranks, **flags)
+    whole = losses(folder)
+    shutil.rmtree(folder / "checkpoint-4")
+    ran("run", num_ranks, **flags, resume_from_checkpoint="latest")
+    assert losses(folder) == whole

@@ -1,6 +1,7 @@
 """``forward_distill``: the loss of a batch of any causal LM, without its logits."""
 
 import copy
+import io
 from pathlib import Path
 
 import pytest
@@ -211,7 +212,7 @@ def test_one_model_is_patched_and_no_other(tokenizer):
     patched, other = add_forward_distill(padded_model(tokenizer)), padded_model(tokenizer)
     assert not hasattr(other, "forward_distill") and not hasattr(type(patched), "forward_distill")
     copied = copy.deepcopy(patched)
-    assert copied.forward_distill.__self__ is copied
+    assert copied.forward_distill.args[0] is copied
 
 
 def test_an_adapter_learns_through_the_model_under_it(tokenizer, method):
@@ -352,3 +353,18 @@ def test_positions_are_those_given(tokenizer, method):
     assert found.item() != pytest.approx(student(input_ids=ids, labels=ids).loss.item(), rel=1e-3)
     teacher = teacher_targets(student, ids, attention_mask=mask, position_ids=positions)["teacher_hidden_states"]
     assert not torch.allclose(teacher, teacher_targets(student, ids)["teacher_hidden_states"], rtol=1e-3)
+
+
+def test_a_model_with_the_method_is_saved_and_copied_with_it(tokenizer):
+    model = add_forward_distill(padded_model(tokenizer))
+    ids = torch.arange(6)[None]
+    loss = model.forward_distill(ids, ids).loss
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    for again in (torch.load(stored, weights_only=False), copy.deepcopy(model)):
+        assert again is not model and torch.equal(again.forward_distill(ids, ids).loss, loss)
+        with torch.no_grad():
+            again.get_output_embeddings().weight.zero_()
+        assert not torch.equal(again.forward_distill(ids, ids).loss, loss)
+    assert torch.equal(model.forward_distill(ids, ids).loss, loss)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from integration_cases import own_loss, padded_model
+from test_models import small_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from trsd.cuts import uniform
@@ -12,7 +13,7 @@ from trsd.errors import InputError
 from trsd.integrations import hf_trainer
 from trsd.integrations.cut_rows import CutRowCollator, cut_rows
 from trsd.integrations.hf_trainer import CutRowLoss, DistillTrainer
-from trsd.integrations.row_loss import RowCounts
+from trsd.integrations.row_loss import RowCounts, RowLoss
 from trsd.methods.trsd import TRSD
 
 pytest.importorskip("accelerate")
@@ -218,3 +219,16 @@ def test_an_evaluation_that_was_broken_off_is_no_part_of_the_next(tokenizer, tmp
         trainer.evaluate([*rows[4:6], rows[0] | {"labels": [-100] * len(rows[0]["labels"])}])
     wanted = trainer.row_loss(trainer.model, CutRowCollator()(rows[:4]))
     assert trainer.evaluate()["eval_divergence"] == pytest.approx(wanted.divergence.item(), rel=1e-5)
+
+
+def test_a_compiled_student_is_refused(tokenizer, tmp_path, method, monkeypatch):
+    for name in ("BACKEND", "MODE"):  # which the arguments set
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "no" if name == "BACKEND" else "default")
+    with pytest.raises(InputError, match="torch_compile compiles the model's forward"):
+        trainer_of(tokenizer, tmp_path, cut_rows(method), torch_compile=True, torch_compile_backend="eager")
+
+
+def test_a_routers_auxiliary_loss_is_refused():
+    student = small_model("mixtral", num_local_experts=4, output_router_logits=True)
+    with pytest.raises(InputError, match="auxiliary loss is not part of this loss: set output_router_logits=False"):
+        RowLoss(student, None, alpha=0.0)

@@ -119,7 +119,9 @@ def test_the_command_line_refuses_with_exit_code_2(folders, words, message, tmp_
 
 def test_the_command_line_writes_a_model_once(folders, tmp_path, capsys):
     words = ["--models", ",".join(map(str, folders[:2])), "--output", str(tmp_path / "out")]
+    (folders[0] / "manifest.json").write_text("{}")  # of the first model's files
     main(words)
+    assert not (tmp_path / "out" / "manifest.json").exists()
     assert (tmp_path / "out" / "config.json").exists() and "0.5 x" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(SystemExit):
         main(words)

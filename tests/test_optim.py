@@ -12,6 +12,7 @@ from trsd.optim import (
     build_optimizer,
     learning_rate_factor,
     restore_state,
+    rounded_up,
     set_learning_rate,
     state_bytes,
     state_tensors,
@@ -229,3 +230,10 @@ def test_a_plan_counts_the_moments_in_the_bits_they_are_kept_in(monkeypatch):
         return plan.cost.held["optimizer state"]
 
     assert states("adamw_torch_4bit") < 0.6 * states("adamw_torch_8bit") < 0.2 * states("adamw_torch")
+
+
+@pytest.mark.parametrize(
+    ("steps", "whole"), [(0.55 * 100 / 5, 11), (0.07 * 100, 7), (11.01, 12), (3.0, 3), (1e-9, 1), (0.0, 0)]
+)
+def test_steps_are_rounded_up_but_not_for_the_rounding_of_a_product(steps, whole):
+    assert rounded_up(steps) == whole

@@ -141,6 +141,10 @@ def test_evaluate_command_grades_a_file_without_loading_a_model(tmp_path, capsys
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert result["accuracy"] == 0.5 and result["pass_at"]["2"] == 1.0 and result["data"] == str(path)
     assert "2 responses to 1 questions" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--responses", str(path), "--output_dir", str(tmp_path / "out")])
+    assert "holds an evaluation already" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == result
 
 
 @pytest.mark.parametrize(

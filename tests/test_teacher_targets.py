@@ -278,3 +278,19 @@ def test_what_cannot_be_right_is_refused():
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_vectors_of_a_student_that_may_not_write_some_tokens():
+    torch.manual_seed(0)
+    hidden, weight, teacher_hidden, teacher_weight = (torch.randn(*shape) for shape in ((4, 8), (16, 8)) * 2)
+    labels, bias = torch.randint(12, (4,)), torch.zeros(16)
+    bias[12:] = -torch.inf
+    both = dict(student_lm_head_bias=bias)
+    for theirs in (bias, None):  # where the teacher may write them, no student is near enough
+        targets = teacher_vectors(teacher_hidden, teacher_weight, weight, teacher_lm_head_bias=theirs, **both)
+        got = distill_from_vectors(hidden, weight, targets, labels, **both, alpha=1.0).loss
+        want = fused_linear_distillation(
+            hidden, weight, teacher_hidden, teacher_weight, labels, teacher_lm_head_bias=theirs, **both, alpha=1.0
+        ).loss
+        assert got.item() == pytest.approx(want.item(), rel=1e-5)
+        assert want.isfinite() == (theirs is not None)

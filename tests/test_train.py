@@ -9,7 +9,7 @@ from conftest import losses, make_tiny_model, refusal
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trsd import student_loss, train
+from trsd import cache, student_loss, train
 from trsd.methods.trsd import cut_example, with_thinking
 from trsd.metrics import read_metrics
 from trsd.objective import Objective
@@ -383,3 +383,40 @@ def test_recomputing_in_bf16_changes_nothing(run):
 def test_bf16_is_what_the_layers_compute_in(run):
     exact, rounded = (losses(run(f"{flag}", method="sft", bf16=flag)) for flag in (False, True))
     assert exact != rounded and exact[0][1] == pytest.approx(rounded[0][1], rel=0.02)
+
+
+def test_what_was_measured_before_training_is_measured_again_of_the_untrained_model(run, tmp_path):
+    flags = dict(eval_data="bundled:questions/evaluation.jsonl", max_eval_samples=4, max_steps=4, save_steps=2)
+    flags |= dict(max_thinking_tokens=24, max_answer_tokens=8, eval_budgets="8", learning_rate=0.02)
+    folder = run("run", **flags)
+    stored = {name: json.loads((folder / "eval" / f"{name}.json").read_text()) for name in ("before", "after")}
+    assert stored["before"]["examples"] != stored["after"]["examples"]
+    shutil.rmtree(folder / "eval")
+    run("run", **flags, resume_from_checkpoint="latest")
+    for name, result in stored.items():
+        assert json.loads((folder / "eval" / f"{name}.json").read_text())["examples"] == result["examples"], name
+
+
+def test_attention_that_drops_weights_is_refused_before_any_work(run, tiny_folder, tmp_path, capsys):
+    config = json.loads((tiny_folder / "config.json").read_text()) | {"attention_dropout": 0.1}
+    (tiny_folder / "config.json").write_text(json.dumps(config))
+    assert "config.json says attention_dropout 0.1: set it to 0 there" in refusal(capsys, lambda: run("run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_latest_begins_in_a_folder_that_was_prepared_as_no_flag_does(words, run, tmp_path, capsys):
+    cache.main(words("run", max_steps=2))
+    folder = run("run", max_steps=2, learning_rate=5e-4, resume_from_checkpoint="latest")
+    assert (folder / "checkpoint-2").exists() and "holds no run to resume: one begins there" in capsys.readouterr().err
+
+
+def test_the_current_folder_may_be_the_runs(run, words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run("run", output_dir=".", max_steps=1)
+    assert (tmp_path / "here" / "checkpoint-1").exists()
+    assert "expected a folder of its own" in refusal(capsys, lambda: run("run", output_dir="/"))
+
+
+def test_a_timeout_of_ages_is_refused(run, capsys):
+    assert "timeout_seconds: expected at most a year" in refusal(capsys, lambda: run(timeout_seconds=10**11))

@@ -178,7 +178,7 @@ def test_resume_with_validation_is_bit_exact(run, tmp_path):
 
 def test_the_checkpoint_of_the_least_loss_is_named_and_kept(run, monkeypatch, capsys):
     given = iter([0.5, 0.25, 0.75, 1.0])
-    monkeypatch.setattr(training, "validation_loss", lambda loop: next(given))
+    monkeypatch.setattr(training, "validation_loss", lambda loop, beat: next(given))
     folder = run(validation_samples=3, save_steps=1, max_steps=4, save_total_limit=1)
     best = {"checkpoint": "checkpoint-2", "step": 2, "validation_loss": 0.25}
     assert json.loads((folder / "best.json").read_text()) == best
@@ -220,3 +220,18 @@ def test_other_traces_held_out_are_another_run(run, capsys):
     run(**FLAGS)
     error = refusal(capsys, lambda: run(**FLAGS | dict(validation_samples=4), resume_from_checkpoint="latest"))
     assert "validation_samples: 3 -> 4" in error
+
+
+def test_a_row_of_the_held_out_traces_is_a_sign_of_life(run, monkeypatch):
+    beats, measured = [], []
+
+    def counted(loop, *, beat):
+        before = len(beats)
+        found = validation_loss(loop, beat=lambda: (beats.append(0), beat()))
+        measured.append((len(beats) - before, len(loop.packed([(0, index) for index in loop.held_out]).batches)))
+        return found
+
+    monkeypatch.setattr(training, "validation_loss", counted)
+    run(**FLAGS | dict(max_steps=2, validation_samples=8))
+    ((found, rows),) = measured
+    assert found == rows > 1

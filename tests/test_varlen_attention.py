@@ -31,6 +31,14 @@ def test_sdpa_equals_the_explicit_mask_in_float64_with_gradients(name, num_kv_he
     assert max(errors(got, expected(layout, *tensors, softmax_scale=0.3))) < 1e-13
 
 
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_sdpa_with_a_negative_scale(softcap):
+    layout = row("sequences")
+    tensors = draw_tensors(layout)
+    got = with_gradients(by("sdpa", layout, softmax_scale=-0.3, softcap=softcap), *tensors)
+    assert max(errors(got, expected(layout, *tensors, softmax_scale=-0.3, softcap=softcap))) < 1e-13
+
+
 @pytest.mark.parametrize("window,softcap", [(1, 0.0), (4, 0.0), (50, 0.0), (0, 2.0), (6, 2.0)])
 @pytest.mark.parametrize("name", ["sequences", "branches not sorted, cuts shared"])
 def test_sdpa_with_windows_and_soft_caps(name, window, softcap):

@@ -11,8 +11,10 @@ from trsd.command import import_quietly
 from trsd.errors import InputError, message_of
 from trsd.launch import refuse_ranks
 from trsd.recipe_file import fail, parse_recipe, recipe_as_yaml
+from trsd.terminal import at_a_terminal
 
 
+@at_a_terminal()
 def main(argv: list[str] | None = None) -> None:
     """The command line; exit code 2 for input that cannot be used."""
     recipe, name, dry_run = parse_recipe(argv, prog="python -m trsd.cache")

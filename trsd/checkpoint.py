@@ -294,11 +294,15 @@ def load_state(
     step = trainer.pop("step", None)
     if type(step) is not int or folder.name != f"checkpoint-{step}":
         raise InputError(f"{folder / TRAINER}: expected the step that the folder's name says, got {step!r}")
-    moments, random = _optimizer_state(folder, model, ranks or Ranks()), _tensors(folder / RANDOM)
+    guard = trainer.get("guard")
+    skipped = guard.get("num_skipped") if isinstance(guard, dict) else 0
+    taken = step - skipped if type(skipped) is int else step  # before the first one AdamW has no state
+    moments = _optimizer_state(folder, model, ranks or Ranks()) if taken > 0 else {}
+    random = _tensors(folder / RANDOM)
     check_random_state(random, where=folder / RANDOM)
     restore_state(model, optimizer, moments)
-    if step and not moments:
-        raise InputError(f"{folder / OPTIMIZER} holds no state after {step} steps: the checkpoint cannot be resumed")
+    if taken > 0 and not moments:
+        raise InputError(f"{folder / OPTIMIZER} holds no state after {taken} steps: the checkpoint cannot be resumed")
     restore_random_state(random)
     return step, trainer
 

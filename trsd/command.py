@@ -13,20 +13,19 @@ from trsd.errors import InputError, message_of
 from trsd.flags import parse_flags
 from trsd.launch import refuse_ranks
 from trsd.quiet import quiet_imports
+from trsd.terminal import at_a_terminal
 
 
 def run_command(arguments: type, run: Callable[[Any], Any], *, prog: str, argv: Sequence[str] | None) -> None:
     """Parse ``argv`` (None: the process's) into ``arguments`` and ``run`` them; bad input is printed, exit code 2."""
-    args = parse_flags(arguments, argv, prog=prog)
-    try:
-        refuse_ranks(prog)
-        run(args)
-    except (InputError, OSError, ImportError) as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        raise SystemExit(130) from None
+    with at_a_terminal():
+        args = parse_flags(arguments, argv, prog=prog)
+        try:
+            refuse_ranks(prog)
+            run(args)
+        except (InputError, OSError, ImportError) as error:
+            print(f"error: {message_of(error)}", file=sys.stderr)
+            raise SystemExit(2) from None
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import tyro
 from trsd.command import run_command
 from trsd.comparison_page import write_comparison
 from trsd.errors import InputError
-from trsd.files import write_json, write_text
+from trsd.files import check_free_of_evaluations, write_json, write_text
 from trsd.statistics import paired_difference
 
 WITHIN = ("evaluation.json", "eval/after.json")
@@ -235,6 +235,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: CompareArguments) -> None:
     """Read, compare, print and store."""
+    if args.output_dir:
+        check_free_of_evaluations(args.output_dir)
     first, second = read_evaluation(args.first), read_evaluation(args.second)
     comparison = compare(first, second, common=args.common)
     text = table(comparison)

@@ -119,6 +119,8 @@ def check_decoding(args: DecodingArguments) -> None:
         raise InputError(f"temperature: expected 0 (greedy) or 0.001 to 100, got {args.temperature}")
     if not 0 < args.top_p <= 1:
         raise InputError(f"top_p: expected more than 0 and at most 1, got {args.top_p}")
+    if args.top_p != 1 and args.temperature == 0:
+        raise InputError("top_p: only a temperature above 0 reads it: set that, or leave top_p out")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"seed: expected 0 to 2^63 - 1, got {args.seed}")
     if args.num_samples > 1 and args.temperature == 0:

@@ -6,7 +6,6 @@ answered (``decoding.py``).
 
 from collections.abc import Sequence
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from trsd.drafts import INSTRUCTION, draft_prompt_ids
 from trsd.errors import InputError
 from trsd.evaluate import EvaluateArguments
 from trsd.evaluation_table import table
-from trsd.files import check_folder, write_json, write_text
+from trsd.files import check_free_of_evaluations, write_json, write_text
 from trsd.grading import check_grader, extract_answer, grade, has_format, last_boxed, num_undecided
 from trsd.metrics import progress_bar
 from trsd.plots import plot_curves
@@ -301,7 +300,7 @@ def graded_questions(loaded: Loaded) -> list[Question]:
 def run(args: EvaluateArguments) -> None:
     """Load, evaluate, print and store."""
     if args.output_dir:
-        _check_output(args.output_dir)
+        check_free_of_evaluations(args.output_dir)
     args = as_trained(args)
     reader = open_reader(args)
     if args.percent_of is not None and not 0 < args.percent_of < float("inf"):
@@ -340,10 +339,3 @@ def run(args: EvaluateArguments) -> None:
                 curves["draft, non-thinking mode"] = result["direct"]
             plot_curves(curves, args.output_dir / "curve.png")
         print(f"written to {args.output_dir}")
-
-
-def _check_output(folder: Path) -> None:
-    """Raise before any work when results could not be written, or would replace others."""
-    if (folder / "evaluation.json").exists():
-        raise InputError(f"output_dir: {folder} holds an evaluation already: choose another one, or move it away")
-    check_folder(folder)

@@ -51,6 +51,13 @@ def check_folder(folder: Path, name: str = "output_dir") -> None:
                 path.rmdir()
 
 
+def check_free_of_evaluations(folder: Path) -> None:
+    """Raise InputError where results would replace those of an evaluation, or could not be written."""
+    if (folder / "evaluation.json").exists():
+        raise InputError(f"output_dir: {folder} holds an evaluation already: choose another one, or move it away")
+    check_folder(folder)
+
+
 def sync(path: Path) -> None:
     """Return when a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

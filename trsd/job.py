@@ -30,6 +30,7 @@ from trsd.models import (
     load_tokenizer,
     logit_options,
     model_folder,
+    refuse_attention_dropout,
 )
 from trsd.nf4 import require_bitsandbytes
 from trsd.optim import optimizer_class
@@ -118,6 +119,7 @@ class Job(Placement):
             refuse_too_large(self.teacher_folder, dtype=self.reading_dtype, device=place)
             self.attention_backend(self.teacher_config, branches=False)
         self.attention_backend(self.student_config, branches=recipe.branches_per_trace > 1)
+        refuse_attention_dropout(self.student_config)
         if alone:
             warn_of_training(self.student_folder, recipe, device=self.device)
         if recipe.lora_rank and not recipe.trust_remote_code:

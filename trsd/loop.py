@@ -4,7 +4,6 @@ Of several ranks each runs its share of a step's rows; gradients and metrics are
 number changes a step by rounding only.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,12 +16,13 @@ from transformers import PreTrainedModel
 
 from trsd.batching import PackedBatch, TraceStream, pack_examples
 from trsd.compiled_layers import CompiledLayers
+from trsd.engines import stream_seed
 from trsd.flops import FlopCounter, head_flops
 from trsd.guards import StepGuard
 from trsd.methods import Method
 from trsd.models import logit_options
 from trsd.objective import Objective
-from trsd.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from trsd.optim import build_optimizer, learning_rate_factor, rounded_up, set_learning_rate
 from trsd.parallel import last_row, refuse_kept_in_fp32, shard_student
 from trsd.placement import Placement
 from trsd.prefetch import Prefetcher
@@ -67,7 +67,7 @@ class Loop:
         batch_size = recipe.train_batch_size
         self.held_out = held_out
         self.stream = TraceStream(len(method.traces), batch_size=batch_size, seed=recipe.seed, held_out=held_out)
-        self.num_steps = recipe.max_steps or math.ceil(recipe.num_train_epochs * self.stream.num_traces / batch_size)
+        self.num_steps = recipe.max_steps or rounded_up(recipe.num_train_epochs * self.stream.num_traces / batch_size)
         self.backend = placement.attention_backend(model.config, branches=recipe.branches_per_trace > 1)
         self.student = self._student()
         self.flops = FlopCounter(model)
@@ -152,6 +152,8 @@ class Loop:
             recipe.lr_scheduler_type, step, num_steps=self.num_steps, warmup_ratio=recipe.warmup_ratio
         )
         set_learning_rate(self.optimizer, recipe.learning_rate * factor)
+        # Ranks draw apart, and each as in a run that was never resumed.
+        torch.manual_seed(stream_seed(recipe.seed, "step", step, self.ranks.rank))
         rows = self.prefetcher.take(step)
         waited = time.perf_counter() - start
         self.weights.refresh()

@@ -29,6 +29,7 @@ from trsd.files import share_like_folder, write_json
 from trsd.merge import MergeArguments
 from trsd.model_card import CARD, SERVED_BY, base_of, front_matter, name_of_folder, serving_facts
 from trsd.models import load_tokenizer, model_folder, tokenizer_fingerprint
+from trsd.row_shards import MANIFEST
 
 # What a config may differ in without being another model.
 LOOSE_FIELDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
@@ -151,7 +152,8 @@ def _new_folder(output: Path) -> Iterator[Path]:
 def _write_model(like: Checkpoint, folder: Path, tensor_of: Callable[[str], Tensor]) -> None:
     """Write what ``tensor_of`` says of every name to ``folder``, in the shards and beside the files of ``like``."""
     for path in like.folder.iterdir():
-        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
+        # A manifest is of the files that it was written beside.
+        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name != MANIFEST:
             shutil.copy2(path, folder / path.name)
     size = 0
     for file, opened in like.files.items():

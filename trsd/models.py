@@ -276,6 +276,17 @@ def logit_options(config: Any, who: str) -> dict[str, float]:
     return found if scale == 1.0 else found | {f"{who}_logit_scale": scale}
 
 
+def refuse_attention_dropout(config: Any) -> None:
+    """Raise InputError for a student whose attention drops some of its weights in training."""
+    config = config.get_text_config()
+    for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
+        if value := getattr(config, name, None):
+            raise InputError(
+                f"packed rows have no attention dropout, and the student's config.json says {name} {value}: set it to "
+                "0 there"
+            )
+
+
 def packed_attention_backend(
     config: Any,
     wanted: str,

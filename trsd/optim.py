@@ -62,6 +62,11 @@ def optimizer_class(name: str, *, on_gpu: bool) -> type[torch.optim.Optimizer]:
     return found if on_gpu else _uncompiled(found)
 
 
+def rounded_up(steps: float) -> int:
+    """The next whole number of steps; what is above one by the rounding of a product is that one."""
+    return math.ceil(steps * (1 - 1e-12))
+
+
 def _uncompiled(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """``base`` without the compiler that its step calls: a CPU gains little by it, and may have no C++ compiler."""
 
@@ -171,7 +176,7 @@ def learning_rate_factor(name: str, step: int, *, num_steps: int, warmup_ratio: 
         if step <= peak and peak > 0:
             return _cosine(1 / 25, 1.0, step / peak)
         return _cosine(1.0, 1 / 25e4, min(1.0, (step - peak) / max(1e-9, num_steps - 1 - peak)))
-    warmup = math.ceil(warmup_ratio * num_steps)
+    warmup = rounded_up(warmup_ratio * num_steps)
     if step < warmup:
         return (step + 1) / warmup
     if name == "constant":

@@ -19,6 +19,7 @@ from trsd.model_shapes import SHAPES
 from trsd.planned_lengths import CLOSER, shared_lengths
 from trsd.recipe import Recipe
 from trsd.recipe_file import fail, parse_recipe
+from trsd.terminal import at_a_terminal
 
 TEACHER_KINDS = get_args(get_type_hints(Recipe)["teacher"])
 DESCRIPTION = f"""Say what a recipe would take: memory by part, operations, least time, disk; what fits, what to turn.
@@ -101,6 +102,7 @@ def _underscored(word: str) -> str:
     return name[:2] + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
+@at_a_terminal()
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: exit code 2 for what cannot be planned."""
     arguments, recipe = parse(argv)

@@ -215,6 +215,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append(f"{name}: expected at least 1, got {value}")
+        if self.timeout_seconds > LONGEST_TIMEOUT:
+            found.append(f"timeout_seconds: expected at most a year, {LONGEST_TIMEOUT}, got {self.timeout_seconds}")
         if self.max_skipped_steps < 0:
             found.append(f"max_skipped_steps: expected 0 or more, got {self.max_skipped_steps}")
         for name in ("thinking_weight", "weight_decay", "sampling_temperature"):
@@ -260,6 +262,7 @@ class Recipe:
         return found + method_problems(self) + teacher_problems(self)
 
 
+LONGEST_TIMEOUT = 365 * 24 * 60 * 60
 ONLINE = ("online", "online_fp8")
 CACHE_OF_ALL = "hidden_cache"  # the kind that every divergence, head and student can learn from
 # What a method makes of a field that is left out.

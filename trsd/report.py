@@ -17,6 +17,7 @@ from trsd.metrics import read_metrics
 from trsd.page import cards, headline, image, number, side_by_side, thinking_lengths, write_page
 from trsd.plots import plot_curves, plot_loss
 from trsd.run import ENVIRONMENT_FILE, RECIPE_FILE
+from trsd.terminal import at_a_terminal
 from trsd.totals import TOTALS, totals_line, training_peak_gib
 
 LOSS_TERMS = {
@@ -66,7 +67,7 @@ def write_report(run_dir: Path) -> Path:
     parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(recipe_text)}</pre>"]
     parts += ["<h2>Versions</h2>", f"<pre>{html.escape(_text(run_dir / ENVIRONMENT_FILE))}</pre>"]
     path = run_dir / "report.html"
-    write_page(path, run_dir.name, parts)
+    write_page(path, run_dir.resolve().name, parts)
     return path
 
 
@@ -137,12 +138,14 @@ def _memory(run_dir: Path) -> list[str]:
     ]
 
 
+@at_a_terminal()
 def main(argv: list[str] | None = None) -> None:
     """Write the report of the run folder named on the command line."""
     arguments = sys.argv[1:] if argv is None else argv
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m trsd.report RUN_DIR", file=sys.stderr)
-        raise SystemExit(0 if arguments in (["-h"], ["--help"]) else 2)
+        asked = arguments in (["-h"], ["--help"])
+        print("usage: python -m trsd.report RUN_DIR", file=sys.stdout if asked else sys.stderr)
+        raise SystemExit(0 if asked else 2)
     run_dir = Path(arguments[0])
     if not (run_dir / RECIPE_FILE).exists():
         print(f"error: {run_dir} is no run folder (it has no {RECIPE_FILE})", file=sys.stderr)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trsd.errors import InputError
-from trsd.files import write_json, write_text
+from trsd.files import check_free_of_evaluations, write_json, write_text
 from trsd.grading import check_grader, extract_answer, grade, has_format, last_boxed, num_undecided
 from trsd.statistics import accuracy_figures
 from trsd.traces import content_key, read_rows
@@ -158,6 +158,8 @@ def responses_table(result: dict[str, Any]) -> str:
 
 def grade_file(path: Path, *, open_tag: str, close_tag: str, output_dir: Path | None) -> None:
     """Read, measure and print; with ``output_dir``, write evaluation.json and table.txt there."""
+    if output_dir:
+        check_free_of_evaluations(output_dir)
     measured = measure_responses(read_responses(path), open_tag=open_tag, close_tag=close_tag)
     text = responses_table(measured)
     print(text)

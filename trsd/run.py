@@ -1,5 +1,6 @@
 """A run's folder: made once, never overwritten, resumed only under the recipe it was started with."""
 
+import os
 import platform
 import re
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from trsd.checkpoint_folders import checkpoints, newest_whole, sweep
+from trsd.checkpoint_folders import checkpoints, newest_whole, step_of, sweep
 from trsd.errors import InputError
 from trsd.files import exclusively, write_json, write_text
 from trsd.manifest import verify
@@ -73,6 +74,9 @@ def with_output_dir(recipe: Recipe, name: str) -> Recipe:
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Be the one process that works in the run folder ``folder``; InputError when another does."""
+    folder = Path(os.path.abspath(folder))  # "." has a name, too
+    if not folder.name:
+        raise InputError(f"output_dir {folder}: expected a folder of its own for the run")
     new = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -127,8 +131,9 @@ def open_run(recipe: Recipe) -> tuple[Recipe, Path, Path | None]:
 
 
 def _is_new(recipe: Recipe, folder: Path) -> bool:
-    """Whether ``latest`` is asked for where nothing is yet: so one command can begin a run and go on with it."""
-    return recipe.resume_from_checkpoint == "latest" and not (folder.exists() and any(folder.iterdir()))
+    """Whether ``latest`` is asked for where no run began: so one command can begin a run and go on with it."""
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    return recipe.resume_from_checkpoint == "latest" and not found - NOT_YET_BEGUN - PREPARED
 
 
 def discard_unbegun(folder: Path, files: Collection[str] = NOT_YET_BEGUN) -> None:
@@ -158,6 +163,11 @@ def _checkpoint_to_resume(recipe: Recipe, folder: Path) -> Path | None:
         verify(wanted)
     except InputError as error:
         raise InputError(f"{wanted.name} cannot be resumed: {error}. Try --resume_from_checkpoint latest") from None
+    if later := [path.name for path in checkpoints(folder) if step_of(path) > step_of(wanted)]:
+        raise InputError(
+            f"{', '.join(later)} of {folder} {'comes' if len(later) == 1 else 'come'} after {wanted.name}, and "
+            "--resume_from_checkpoint latest would go on from there: move what is later out of that folder first"
+        )
     return wanted
 
 

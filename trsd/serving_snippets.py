@@ -34,7 +34,8 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")
 def write(ids, max_new_tokens):
     ids = torch.tensor([ids])
     mask = torch.ones_like(ids)
-    found = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "repetition_penalty": 1.0}
+    found = model.generate(ids, attention_mask=mask, **options)
     return found[0, ids.shape[1] :].tolist()""",
 )
 _POST_IMPORTS = """\

@@ -18,6 +18,7 @@ from trsd.engines import Sampling
 from trsd.errors import InputError, message_of
 from trsd.launch import refuse_ranks
 from trsd.recipe_file import fail, names_a_job, parse_recipe, recipe_as_yaml
+from trsd.terminal import at_a_terminal
 from trsd.truncation import SIDES
 
 FRACTIONS = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1.0"
@@ -44,6 +45,7 @@ def settings_of(fractions: Sequence[float], sides: Sequence[str]) -> list[Settin
     return found + whole
 
 
+@at_a_terminal()
 def main(argv: list[str] | None = None) -> None:
     """Sweep from the command line; input that cannot be used exits with code 2."""
     parser = argparse.ArgumentParser(

@@ -5,8 +5,10 @@ The command line alone: ``training.py`` is the run. Everything that a run makes 
 
 from trsd.command import import_quietly
 from trsd.recipe_file import parse_recipe, recipe_as_yaml
+from trsd.terminal import at_a_terminal
 
 
+@at_a_terminal()
 def main(argv: list[str] | None = None) -> None:
     """The command line: exit code 2 for input that cannot be used, 1 for training that cannot go on.
 

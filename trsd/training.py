@@ -37,10 +37,11 @@ from trsd.memory_parts import memory_by_part
 from trsd.methods import Method
 from trsd.metrics import MetricsLog, Pace, progress_bar, say, step_line
 from trsd.model_card import ModelCard
+from trsd.models import weights_fingerprint
 from trsd.prepare import build_method, prepare_traces
 from trsd.prepare_teacher import prepare_teacher, refuse_other_cache, student_as_teacher
 from trsd.ranks import Ranks, ended_at_once, is_lost_rank, open_ranks
-from trsd.recipe import Recipe
+from trsd.recipe import ONLINE, Recipe
 from trsd.recipe_file import fail, recipe_as_yaml
 from trsd.report import summary, write_report
 from trsd.row_shards import file_sha256
@@ -103,10 +104,11 @@ def marked_text(example: Example, tokenizer: Any) -> str:
 def resume(checkpoint: Path, loop: Loop, identity: dict[str, Any]) -> int:
     """Bring ``loop`` to where ``checkpoint`` was saved; returns that step. InputError where ``identity`` differs."""
     step, stored = load_state(checkpoint, model=loop.model, optimizer=loop.optimizer, ranks=loop.ranks)
-    if changed := sorted(name for name in identity if stored.get(name) != identity[name]):
+    known = identity.keys() & ({"traces"} | stored.keys())  # earlier versions wrote down no models
+    if changed := sorted(name for name in known if stored.get(name) != identity[name]):
         raise InputError(
-            f"{checkpoint.name} was trained on other {', '.join(changed)} than are in its run's folder now: put them "
-            "back, or start a new output_dir"
+            f"{checkpoint.name} was trained on other {', '.join(changed)} than this run has now: put them back, or "
+            "start a new output_dir"
         )
     if step > loop.num_steps:
         raise InputError(f"{checkpoint.name} is beyond the {loop.num_steps} steps of this run: start a new output_dir")
@@ -117,6 +119,18 @@ def resume(checkpoint: Path, loop: Loop, identity: dict[str, Any]) -> int:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{checkpoint / TRAINER}: expected the state of the guard, got {error!r}") from None
     return step
+
+
+def identity_of(job: Job) -> dict[str, str]:
+    """Hashes of what checkpoints do not hold and a run goes on with: its traces, and the models that are only read."""
+    recipe, models = job.recipe, {}
+    if recipe.lora_rank:
+        models["base model"] = job.student_folder
+    if recipe.alpha and recipe.teacher in ONLINE:
+        models["teacher model"] = job.teacher_folder
+    hashes = {folder: weights_fingerprint(folder) for folder in set(models.values())}
+    traces = file_sha256(job.output_dir / "traces" / "train.jsonl")
+    return {"traces": traces} | {name: hashes[folder] for name, folder in models.items()}
 
 
 def train(
@@ -132,7 +146,7 @@ def train(
     A signal, on whichever rank, ends it after the step that is under way, with a checkpoint of that step.
     """
     recipe, output_dir = job.recipe, job.output_dir
-    identity = {"traces": file_sha256(output_dir / "traces" / "train.jsonl")}
+    identity = job.ranks.told(identity_of(job) if job.ranks.is_main else None)
     first = resume(resume_from, loop, identity) if resume_from else 0
     log = MetricsLog(output_dir / "metrics.jsonl", first_step=first) if job.ranks.is_main else None
     if first < loop.num_steps and job.ranks.is_main:  # what was measured after an earlier end holds no more
@@ -153,8 +167,7 @@ def train(
             done, interrupted, measured = step + 1, values["interrupted"], {}
             due = done == loop.num_steps or (recipe.save_steps is not None and done % recipe.save_steps == 0)
             if due and loop.held_out:  # not for a signal's checkpoint, which must be there soon
-                watchdog.beat()
-                measured = {"validation_loss": validation_loss(loop)}
+                measured = {"validation_loss": validation_loss(loop, beat=watchdog.beat)}
             if log:
                 log.write(**values, **measured)
             trackers.log(done, values | measured)
@@ -222,7 +235,8 @@ def _run(recipe: Recipe, name: str, ranks: Ranks, interruption: Interruption) ->
     teacher = prepare_teacher(job, method)
     model = job.student(resume_from)
     readable = model if ranks.size == 1 else None
-    before = evaluate_student(job, readable, "before", folder=job.student_folder)
+    untrained = None if resume_from else readable
+    before = evaluate_student(job, untrained, "before", folder=job.student_folder)
     teacher = teacher or student_as_teacher(job, model, method)
     loop = Loop(job, model, teacher, method, ranks, held_out=held_out)
     print(f"attention: {loop.backend}")

@@ -5,6 +5,7 @@ over their rows is normalised by their own count of supervised tokens, as a step
 """
 
 import random
+from collections.abc import Callable
 
 import torch
 
@@ -31,15 +32,21 @@ def held_out_traces(recipe: Recipe, num_traces: int) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def validation_loss(loop: Loop) -> float:
-    """The loss of ``loop``'s held-out traces as its weights are now; all ranks must ask. Training is not touched."""
+def validation_loss(loop: Loop, *, beat: Callable[[], None] = lambda: None) -> float:
+    """The loss of ``loop``'s held-out traces as its weights are now; all ranks must ask. Training is not touched.
+
+    ``beat`` is called before each row.
+    """
     rows = loop.packed([(0, index) for index in loop.held_out])
     loop.weights.refresh()
     was_training = loop.model.training
     loop.model.eval()
     try:
         with loop.at_work():
-            terms = [loop.forward(batch, rows)[1] for batch in rows.batches]
+            terms = []
+            for batch in rows.batches:
+                beat()
+                terms.append(loop.forward(batch, rows)[1])
     finally:
         loop.model.train(was_training)
         give_back(loop.student)

@@ -25,6 +25,8 @@ def sdpa_attention(
     softcap: float = 0.0,
 ) -> Tensor:
     """Attention of every segment to its sequence, [num_tokens, num_heads, head_dim]; checked by the caller."""
+    if softmax_scale < 0:  # torch's function takes the root of it
+        query, softmax_scale = -query, -softmax_scale
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

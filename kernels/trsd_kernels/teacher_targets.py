@@ -144,6 +144,9 @@ def teacher_vectors(
     entropy, mean_bias = (student.new_zeros(num_tokens, dtype=word) for _ in range(2))
     top_token = torch.empty(num_tokens, dtype=torch.int64, device=student.device)
     head = Head(teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias)
+    if student_lm_head_bias is not None:  # -inf marks tokens that the student cannot write
+        forbidden = student_lm_head_bias.detach() == -torch.inf
+        bias = student_lm_head_bias.detach().to(word).masked_fill(forbidden, 0.0)
     for part, logits in logit_chunks(head, settings.teacher_transform, chunk_bytes=chunk_bytes):
         logits.div_(settings.temperature)
         top_token[part] = logits.argmax(1)
@@ -152,7 +155,8 @@ def teacher_vectors(
         with torch.autocast(student.device.type, enabled=False):
             entropy[part] = -torch.linalg.vecdot(p, log_p.masked_fill_(p == 0, 0.0))
             if student_lm_head_bias is not None:
-                mean_bias[part] = p.to(word) @ student_lm_head_bias.detach().to(word)
+                apart = p.to(word) @ forbidden.to(word) > 0
+                mean_bias[part] = (p.to(word) @ bias).masked_fill_(apart, -torch.inf)
             vectors[part] = accurate_product(p.to(word), student)
     return TeacherVectors(vectors, entropy, mean_bias, top_token, settings.temperature)
 

@@ -9,7 +9,7 @@ after FSDP2's ``fully_shard`` once ``register_fsdp_forward_method(model, "forwar
 """
 
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -41,7 +41,8 @@ def add_forward_distill(model: PreTrainedModel, *, check: bool = True) -> PreTra
     """
     if check:
         check_model(model)
-    model.forward_distill = MethodType(forward_distill, model)
+    # A bound method could be saved with the model, and not loaded: it is looked up before it is there.
+    model.forward_distill = partial(forward_distill, model)
     return model
 
 

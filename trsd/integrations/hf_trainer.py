@@ -16,7 +16,7 @@ from trsd.errors import InputError
 from trsd.integrations.causal_lm import run_through
 from trsd.integrations.cut_rows import CutRowCollator
 from trsd.integrations.row_loss import RowCounts, RowLoss, TermMeans, learn_only, row_counts
-from trsd.integrations.shards import check_shards, shard_as_student
+from trsd.integrations.shards import check_shards, refuse_compiled, shard_as_student
 
 
 class _Afresh(TrainerCallback):
@@ -41,6 +41,7 @@ class CutRowLoss:
     ) -> None:
         """Take the teacher, at the end of the trainer's ``__init__``; arguments as in ``DistillTrainer``."""
         check_shards(self)
+        refuse_compiled(self)
         if self.args.n_gpu > 1:
             raise InputError("several GPUs in one process are not supported: start a process for each (torchrun)")
         logits = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")

@@ -113,10 +113,13 @@ class RowLoss:
             **options: of ``trsd_kernels.DistillOptions``; soft caps and scales of the logits are the models' own.
 
         Raises:
-            InputError: a model whose logits are not its last hidden states times a plain lm_head, a teacher that would
-                be trained with the student, or none where there is a divergence.
+            InputError: a model whose logits are not its last hidden states times a plain lm_head, a student that asks
+                for its router's auxiliary loss, a teacher that would be trained with the student, or none where there
+                is a divergence.
         """
         refuse_shared(student, teacher)
+        if getattr(student.config.get_text_config(), "output_router_logits", False):
+            raise InputError("the router's auxiliary loss is not part of this loss: set output_router_logits=False")
         if teacher is None and alpha > 0:
             raise InputError(f"alpha {alpha} is the share of a divergence from a teacher: give one, or alpha=0")
         self.teacher = None if teacher is None or alpha == 0 else teacher.requires_grad_(False).eval()

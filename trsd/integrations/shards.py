@@ -4,6 +4,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import DynamoBackend
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, Trainer
@@ -33,6 +34,15 @@ def check_shards(trainer: Trainer) -> None:
             "holds both models whole",
             stacklevel=4,
         )
+
+
+def refuse_compiled(trainer: Trainer) -> None:
+    """Raise InputError where accelerate compiles the student: its forward, which is what would be compiled, is not run.
+
+    And DDP's would not be run either, for accelerate takes a compiled model out of it when it is unwrapped.
+    """
+    if trainer.args.torch_compile or trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise InputError("torch_compile compiles the model's forward, and this trainer runs its parts: leave it out")
 
 
 def shard_as_student(teacher: PreTrainedModel, trainer: Trainer) -> None:

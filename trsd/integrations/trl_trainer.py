@@ -42,7 +42,7 @@ from trsd.integrations.causal_lm import run_head, run_through
 from trsd.integrations.cut_rows import IGNORE, CutRowCollator
 from trsd.integrations.hf_trainer import CutRowLoss
 from trsd.integrations.row_loss import check_logits_of_rows, plain_head, refuse_shared
-from trsd.integrations.shards import check_shards, shard_as_student
+from trsd.integrations.shards import check_shards, refuse_compiled, shard_as_student
 from trsd.models import logit_options
 from trsd.ranks import gathered
 from trsd_kernels import FusedLinearDistillation, LinearDistillationOutput
@@ -69,6 +69,7 @@ class FusedDistillationTrainer(DistillationTrainer):
         """
         super().__init__(*args, **kwargs)
         check_shards(self)
+        refuse_compiled(self)
         if self._is_vlm or self.teacher_model is None:
             raise InputError("expected text alone and a teacher_model in this process: use trl.DistillationTrainer")
         teacher = self.accelerator.unwrap_model(self.teacher_model)

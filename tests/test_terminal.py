@@ -1,0 +1,73 @@
+"""Commands and what reads them: a pipe that is closed, a terminal of another encoding, Ctrl-C."""
+
+import importlib
+import io
+import os
+import sys
+from contextlib import contextmanager, redirect_stdout
+
+import pytest
+
+from trsd.__main__ import COMMANDS
+from trsd.terminal import at_a_terminal
+
+WORDS = {"sweep": ["--output_dir"]}
+
+
+@contextmanager
+def closed_pipe():
+    """Inside, standard output is a pipe whose reader has gone."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", closefd=False) as stream, redirect_stdout(stream):
+        yield stream
+    os.close(writing)
+
+
+@pytest.mark.parametrize("length", [10, 100_000], ids=["at the end", "while it writes"])
+def test_work_goes_on_when_nobody_reads_any_more(length):
+    done = []
+    with closed_pipe() as stream:
+        with at_a_terminal():
+            for step in range(3):
+                print("x" * length)
+                done.append(step)
+        assert done == [0, 1, 2] and sys.stdout is stream
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_may_be_cut_off_by_its_reader(command):
+    with closed_pipe(), pytest.raises(SystemExit) as exit_:
+        importlib.import_module(f"trsd.{command}").main(["--help"])
+    assert exit_.value.code == 0
+
+
+def test_what_a_terminal_cannot_show_is_written_in_its_code():
+    shown = io.BytesIO()
+    with redirect_stdout(io.TextIOWrapper(shown, encoding="ascii")), at_a_terminal():
+        print("¿Cuántos?")
+    assert shown.getvalue() == rb"\xbfCu\xe1ntos?" + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        ("train", "trsd.train.parse_recipe"),
+        ("cache", "trsd.cache.parse_recipe"),
+        ("plan", "trsd.plan.parse"),
+        ("sweep", "trsd.sweep.parse_recipe"),
+        ("merge", "trsd.command.parse_flags"),
+        ("report", "trsd.report.write_report"),
+    ],
+)
+def test_ctrl_c_ends_a_command_with_a_word(monkeypatch, capsys, tmp_path, command, place):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupted)
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(SystemExit) as exit_:
+        importlib.import_module(f"trsd.{command}").main(
+            WORDS.get(command, []) + [str(tmp_path)] * (command in ("report", "sweep"))
+        )
+    assert exit_.value.code == 130 and capsys.readouterr().err == "\nstopped\n"
