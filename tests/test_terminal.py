@@ -44,7 +44,8 @@ def test_help_may_be_cut_off_by_its_reader(command):
 
 def test_what_a_terminal_cannot_show_is_written_in_its_code():
     shown = io.BytesIO()
-    with redirect_stdout(io.TextIOWrapper(shown, encoding="ascii")), at_a_terminal():
+    terminal = io.TextIOWrapper(shown, encoding="ascii")
+    with redirect_stdout(terminal), at_a_terminal():
         print("¿Cuántos?")
     assert shown.getvalue() == rb"\xbfCu\xe1ntos?" + b"\n"
 
@@ -66,8 +67,7 @@ def test_ctrl_c_ends_a_command_with_a_word(monkeypatch, capsys, tmp_path, comman
 
     monkeypatch.setattr(place, interrupted)
     (tmp_path / "recipe.yaml").touch()
+    takes_a_folder = command in ("report", "sweep")
     with pytest.raises(SystemExit) as exit_:
-        importlib.import_module(f"trsd.{command}").main(
-            WORDS.get(command, []) + [str(tmp_path)] * (command in ("report", "sweep"))
-        )
+        importlib.import_module(f"trsd.{command}").main([*WORDS.get(command, []), *[str(tmp_path)] * takes_a_folder])
     assert exit_.value.code == 130 and capsys.readouterr().err == "\nstopped\n"
