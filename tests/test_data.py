@@ -208,9 +208,25 @@ def test_a_response_that_never_stops_thinking_is_dropped_by_that_reason(load):
     assert len(loaded.traces) == 1 and loaded.dropped == {NO_CLOSE: 1}
 
 
-def test_where_questions_are_wanted_responses_are_left_aside(load):
-    (question,) = load(dict(question="2+2?", answer="4", response=TAGGED), asking=True).questions
-    assert question.gold == "4"
+FIRST_GUESS = "<think>\nFirst guess \\boxed{1}.\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    "row,gold",
+    [
+        (dict(answer="4", response=TAGGED), "4"),
+        (dict(answer=FIRST_GUESS + "The answer is N.", gold="N"), "N"),
+        (dict(answer="<think>a \\boxed{9}</think>It is 7.", gold="7"), "7"),
+        (dict(answer=TAGGED, final_answer=5), "5"),
+        (dict(answer=FIRST_GUESS + "\\boxed{4}"), "4"),
+        (dict(answer=FIRST_GUESS + "4"), "4"),
+        (dict(answer="<|begin_of_thought|>\\boxed{1}<|end_of_thought|>\n4"), "4"),
+        (dict(response=TAGGED), None),
+    ],
+)
+def test_where_questions_are_wanted_thinking_is_left_aside(load, row, gold):
+    (question,) = load(dict(question="2+2?") | row, asking=True).questions
+    assert question.gold == gold
 
 
 @pytest.mark.parametrize(

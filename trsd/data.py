@@ -13,7 +13,7 @@ A row that cannot be used is dropped by a named reason and counted; a row that i
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -34,6 +34,7 @@ NO_ANSWER = "answer of zero tokens"
 SPECIAL_INSIDE = "special token inside the text"
 TAG_INSIDE = "close tag inside the reasoning or the answer"
 QUESTION_COLUMNS = ("question", "problem", "prompt")
+REFERENCES = ("answer", "gold", "final_answer", "solution", "ground_truth", "expected_answer")
 # What a row of a question may hold beside it that looks as if it were meant, and is not read.
 UNREAD = ("instruction", "thinking", "thoughts", "thought", "cot", "chain_of_thought", "reasoning_content", "rationale")
 
@@ -155,25 +156,45 @@ class RowReader:
     def _named(self, row: dict[str, Any], name: str, *, others: list[str], where: str) -> Question | Trace | str:
         """A row whose column ``name`` is the question."""
         messages = [{"role": "user", "content": _text(row, name, where)}]
-        if not isinstance(row.get("final_answer"), str | float | int):  # a list of several, in some data sets
-            row = {**row, "final_answer": None}
         if row.get("reasoning") is not None:
             answer = next((each for each in ("answer", "response") if row.get(each) is not None), None)
             text = _text(row, answer, where) if answer else ""
-            return self._trace(messages, _text(row, "reasoning", where), text, gold=_gold(row, ("gold",), where))
-        if not self.asking:
-            written, golds = "response", ("answer", "gold", "final_answer")
-            answer = row.get("answer")
-            if isinstance(answer, str) and any(tag in answer for tag in (self.think.close_tag, THOUGHT_TAGS[1])):
-                written, golds = "answer", golds[1:]
-            if row.get(written) is not None:
-                messages.append({"role": "assistant", "content": _text(row, written, where)})
-                return self._messages({"messages": messages, "gold": _gold(row, golds, where)}, where=where)
-            self.unread.update(each for each in (*others, *UNREAD) if row.get(each) is not None)
-        gold = _gold(row, ("answer", "final_answer"), where)
-        if gold is None and isinstance(row.get("solution"), str) and has_format(row["solution"]):
-            gold = row["solution"]
-        return self._question(messages, gold and extract_answer(gold, whole_text=True))
+            gold = self._reference({**row, "answer": None}, where)
+            return self._trace(messages, _text(row, "reasoning", where), text, gold=gold)
+        written = "answer" if self._closes(row.get("answer")) else "response"
+        gold = self._reference({**row, written: None}, where)
+        if self.asking or row.get(written) is None:
+            if not self.asking:
+                self.unread.update(each for each in (*others, *UNREAD) if row.get(each) is not None)
+            return self._question(messages, gold or self._reference({"answer": row.get("answer")}, where))
+        messages.append({"role": "assistant", "content": _text(row, written, where)})
+        return self._messages({"messages": messages, "gold": gold}, where=where)
+
+    def _closes(self, text: Any) -> bool:
+        """Whether ``text`` holds the close tag, the model's or a corpus's."""
+        return isinstance(text, str) and any(tag in text for tag in (self.think.close_tag, THOUGHT_TAGS[1]))
+
+    def _parts(self, text: str) -> tuple[str, str, str]:
+        """(thinking, close tag, answer) of a response; without the tag all of it is thinking."""
+        tags = {"open_tag": self.think.open_tag, "close_tag": self.think.close_tag}
+        text = with_think_tags(text, **tags).strip().removeprefix(self.think.open_tag)
+        return text.partition(self.think.close_tag)
+
+    def _reference(self, row: dict[str, Any], where: str) -> str | None:
+        """What the first of ``REFERENCES`` that has an answer states, behind its thinking; a blank one has none.
+
+        A ``solution`` counts where it states its answer in a known form. Beside ``answer`` and ``gold``, what is no
+        text (a list of several, in some data sets) is left aside.
+        """
+        for name in REFERENCES:
+            value = row.get(name)
+            if value is None or (name not in ("answer", "gold") and not _is_text(value)):
+                continue
+            text = _text(row, name, where)
+            text = self._parts(text)[2] if self._closes(text) else text
+            if text.strip() and (name != "solution" or has_format(text)):
+                return extract_answer(text, whole_text=True)
+        return None
 
     def _stored(self, row: dict[str, Any], *, where: str) -> Trace | str:
         trace = trace_from_row(row, where=where, tokenizer_fingerprint=self.fingerprint)
@@ -200,15 +221,13 @@ class RowReader:
         for message in messages:
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise InputError(f"{where}: every message needs a role and a content of text")
-        gold = _gold(row, ("answer", "gold"), where)
+        gold = self._reference(row, where)
         if messages[-1]["role"] != "assistant":
             return self._question(messages, gold)
         before, last = messages[:-1], messages[-1]
         if isinstance(last.get("reasoning_content"), str):
             return self._trace(before, last["reasoning_content"], last["content"], gold=gold)
-        tags = {"open_tag": self.think.open_tag, "close_tag": self.think.close_tag}
-        text = with_think_tags(last["content"], **tags).strip().removeprefix(self.think.open_tag)
-        reasoning, tag, answer = text.partition(self.think.close_tag)
+        reasoning, tag, answer = self._parts(last["content"])
         return self._trace(before, reasoning, answer, gold=gold) if tag else NO_CLOSE
 
     def _question(self, messages: list[dict[str, str]], gold: str | None) -> Question | str:
@@ -253,18 +272,16 @@ class RowReader:
         )
 
 
-def _gold(row: dict[str, Any], names: Sequence[str], where: str) -> str | None:
-    """The reference in the first of these columns that has one; a blank one is none."""
-    texts = (_text(row, name, where) for name in names if row.get(name) is not None)
-    return next((text for text in texts if text.strip()), None)
+def _is_text(value: Any) -> bool:
+    """Whether ``value`` is a text, or a number that is read as one."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and value == value
 
 
 def _text(row: dict[str, Any], name: str, where: str) -> str:
     value = row.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
-        value = str(value)
-    if not isinstance(value, str):
+    if not _is_text(value):
         raise InputError(f"{where}: {name} must be text, got {type(value).__name__}")
+    value = str(value)
     try:
         value.encode()
     except UnicodeEncodeError as error:
