@@ -156,10 +156,10 @@ class RowReader:
     def _named(self, row: dict[str, Any], name: str, *, others: list[str], where: str) -> Question | Trace | str:
         """A row whose column ``name`` is the question."""
         messages = [{"role": "user", "content": _text(row, name, where)}]
-        if row.get("reasoning") is not None:
-            answer = next((each for each in ("answer", "response") if row.get(each) is not None), None)
-            text = _text(row, answer, where) if answer else ""
-            gold = self._reference({**row, "answer": None}, where)
+        if row.get("reasoning") is not None and not self._closes(row.get("response")):
+            written = next((each for each in ("response", "answer") if row.get(each) is not None), None)
+            text = _text(row, written, where) if written else ""
+            gold = self._reference({**row, written: None}, where)
             return self._trace(messages, _text(row, "reasoning", where), text, gold=gold)
         written = "answer" if self._closes(row.get("answer")) else "response"
         gold = self._reference({**row, written: None}, where)
