@@ -182,6 +182,7 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path, tokenizer, think):
 
 
 TAGGED = "<think>2 and 2</think>It is \\boxed{4}"
+TURN = {"role": "user", "content": "2+2?"}
 
 
 @pytest.mark.parametrize(
@@ -196,6 +197,10 @@ TAGGED = "<think>2 and 2</think>It is \\boxed{4}"
         (dict(problem="2+2?", reasoning="2 and 2", response=TAGGED, answer="4"), "2+2?", "4"),
         (dict(problem="2+2?", reasoning="2 and 2", answer="It is \\boxed{4}", final_answer=4), "2+2?", "4"),
         (dict(problem="2+2?", reasoning="2 and 2", answer="It is \\boxed{4}", final_answer=["4"]), "2+2?", None),
+        (dict(prompt="2+2?", completion=TAGGED), "2+2?", None),
+        (dict(prompt=[TURN], completion=[TURN | dict(role="assistant", content=TAGGED)]), "2+2?", None),
+        (dict(problem="2+2?", generations=[TAGGED, "<think>3"], answer="4"), "2+2?", "4"),
+        (dict(problem="2+2?", generated_solution=TAGGED, expected_answer="4"), "2+2?", "4"),
         (dict(instruction="Add.", input="2+2?", output=TAGGED), "Add.\n\n2+2?", None),
         (dict(instruction="Add 2 and 2.", input="", output=TAGGED), "Add 2 and 2.", None),
         (dict(instruction="Add 2 and 2.", output=TAGGED), "Add 2 and 2.", None),
@@ -226,6 +231,8 @@ FIRST_GUESS = "<think>\nFirst guess \\boxed{1}.\n</think>\n\n"
         (dict(answer=FIRST_GUESS + "4"), "4"),
         (dict(answer="<|begin_of_thought|>\\boxed{1}<|end_of_thought|>\n4"), "4"),
         (dict(response=TAGGED), None),
+        (dict(generations=[TAGGED], answer="4"), "4"),
+        (dict(prompt=[TURN], completion=[dict(role="assistant", content=TAGGED)], answer="4"), "4"),
     ],
 )
 def test_where_questions_are_wanted_thinking_is_left_aside(load, row, gold):
@@ -255,6 +262,26 @@ def test_columns_that_look_like_reasoning_and_are_not_read_are_named(load, capsy
     assert "2 x thinking" in said and "2 x problem" in said and "id" not in said.split("(")[1]
     load(dict(question="A?", answer="4", level=3))
     assert "note" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "row,names",
+    [
+        (dict(question="2+2?", output=TAGGED), ["output"]),
+        (dict(question="2+2?", solution=TAGGED, samples=[None, TAGGED], scores=[1]), ["samples", "solution"]),
+        (dict(question="2+2?", thinking_trajectories=["2 and 2"], attempt="4"), ["thinking_trajectories"]),
+        (dict(question="2+2?", cot=TAGGED), ["cot"]),
+        (dict(question="What is </think>?", thinking=None), []),
+        (dict(messages=[TURN], r1_text=TAGGED), ["r1_text"]),
+        (dict(prompt="2+2?", response="<think>2 and", better=TAGGED), ["better"]),
+        (dict(prompt="2+2?", response=TAGGED, better=TAGGED), []),
+        (dict(prompt="2+2?", reasoning="2", answer="4</think>"), []),
+    ],
+)
+def test_a_column_with_a_close_tag_that_is_not_read_is_named_whatever_it_is_called(tokenizer, think, row, names):
+    reader = RowReader(tokenizer, think)
+    reader.read(row, where="f:1")
+    assert sorted(reader.unread.elements()) == names
 
 
 def test_blanks_are_no_reasoning(load):

@@ -2,7 +2,8 @@
 
     messages                        a conversation; an assistant turn with thinking makes it a trace
     prompt + reasoning + answer     a trace as text (question or problem serve as prompt)
-    prompt + response               the same, thinking and answer in one text (also where the answer has the tags)
+    prompt + response               the same, thinking and answer in one text (also where the answer has the tags);
+                                    completion, the first of generations, generated_solution serve as response
     question + answer               a question with its reference answer; the teacher writes the trace
                                     (problem or prompt serve as question, final_answer as answer)
     conversations; input + output; prompt + llm_response
@@ -34,9 +35,11 @@ NO_ANSWER = "answer of zero tokens"
 SPECIAL_INSIDE = "special token inside the text"
 TAG_INSIDE = "close tag inside the reasoning or the answer"
 QUESTION_COLUMNS = ("question", "problem", "prompt")
+RESPONSES = ("response", "completion", "generations", "generated_solution")
 REFERENCES = ("answer", "gold", "final_answer", "solution", "ground_truth", "expected_answer")
 # What a row of a question may hold beside it that looks as if it were meant, and is not read.
 UNREAD = ("instruction", "thinking", "thoughts", "thought", "cot", "chain_of_thought", "reasoning_content", "rationale")
+UNREAD += ("thinking_trajectories", "deepseek_thinking_trajectory", "gemini_thinking_trajectory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +94,8 @@ def load_data(
             (loaded.traces if isinstance(item, Trace) else loaded.questions).append(item)
     loaded.unread = reader.unread
     if unread := describe_drops(loaded.unread):
-        say(f"note: {source} has columns that are not read ({unread}): reasoning is read from reasoning or response")
+        read = ", ".join(("reasoning", *RESPONSES))
+        say(f"note: {source} has columns that are not read ({unread}): reasoning is read from {read}")
     if loaded.traces and loaded.questions:
         raise InputError(
             f"{source} mixes {len(loaded.traces)} rows with reasoning and {len(loaded.questions)} without: split them "
@@ -132,17 +136,32 @@ class RowReader:
         self.stop_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
     def read(self, row: dict[str, Any], *, where: str) -> Question | Trace | str:
-        """A question, a trace, or the reason why the row is dropped."""
+        """A question, a trace, or the reason why the row is dropped; what it leaves unread is counted."""
+        item = self._read(row, where=where)
+        if not self.asking and (isinstance(item, Question) or item == NO_CLOSE):
+            self.unread.update(self._unread(row, asked=isinstance(item, Question)))
+        return item
+
+    def _unread(self, row: dict[str, Any], *, asked: bool) -> set[str]:
+        """Columns with a close tag or, beside a question, of a name in ``UNREAD``."""
+        columns = {name: value if isinstance(value, list) else [value] for name, value in row.items()}
+        found = {name for name, texts in columns.items() if any(map(self._closes, texts))} - {*QUESTION_COLUMNS}
+        return found | {name for name in UNREAD if asked and row.get(name) is not None}
+
+    def _read(self, row: dict[str, Any], *, where: str) -> Question | Trace | str:
         if "prompt_ids" in row:
             if self.as_text and row.get("tokenizer") != self.fingerprint:
                 row = {
                     "prompt": row.get("question"),
                     **{name: row.get(name) for name in ("reasoning", "answer", "gold")},
                 }
-                return self.read(row, where=where)
+                return self._read(row, where=where)
             return self._stored(row, where=where)
         if "messages" in row:
             return self._messages(row, where=where)
+        if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+            messages = [*row["prompt"], *([] if self.asking else row["completion"])]
+            return self._messages({**row, "messages": messages}, where=where)
         if (messages := as_conversation(row, where=where)) is not None:
             return self._messages({"messages": messages}, where=where)
         names = [name for name in QUESTION_COLUMNS if name in row]
@@ -156,16 +175,19 @@ class RowReader:
     def _named(self, row: dict[str, Any], name: str, *, others: list[str], where: str) -> Question | Trace | str:
         """A row whose column ``name`` is the question."""
         messages = [{"role": "user", "content": _text(row, name, where)}]
-        if row.get("reasoning") is not None and not self._closes(row.get("response")):
-            written = next((each for each in ("response", "answer") if row.get(each) is not None), None)
-            text = _text(row, written, where) if written else ""
+        if isinstance(row.get("generations"), list):
+            row = {**row, "generations": next(iter(row["generations"]), None)}
+        response = next((each for each in RESPONSES if row.get(each) is not None), None)
+        if row.get("reasoning") is not None and not self._closes(row.get(response)):
+            written = response or "answer"
+            text = _text(row, written, where) if row.get(written) is not None else ""
             gold = self._reference({**row, written: None}, where)
             return self._trace(messages, _text(row, "reasoning", where), text, gold=gold)
-        written = "answer" if self._closes(row.get("answer")) else "response"
+        written = "answer" if self._closes(row.get("answer")) else response
         gold = self._reference({**row, written: None}, where)
-        if self.asking or row.get(written) is None:
+        if self.asking or written is None:
             if not self.asking:
-                self.unread.update(each for each in (*others, *UNREAD) if row.get(each) is not None)
+                self.unread.update(each for each in others if row.get(each) is not None)
             return self._question(messages, gold or self._reference({"answer": row.get("answer")}, where))
         messages.append({"role": "assistant", "content": _text(row, written, where)})
         return self._messages({"messages": messages, "gold": gold}, where=where)
