@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trsd.data import NO_ANSWER, NO_CLOSE, RowReader, describe_drops, load_data
+from trsd.data import NO_ANSWER, NO_CLOSE, NO_THINKING, RowReader, describe_drops, load_data
 from trsd.errors import InputError
 from trsd.traces import write_traces
 
@@ -37,10 +37,14 @@ def test_prompt_reasoning_answer_become_a_trace(load, tokenizer, think):
         {"role": "assistant", "content": "<think>\n2+2=4.\n</think>\n\nIt is 4."},
         {"role": "assistant", "content": "2+2=4.\n</think>\nIt is 4."},
         {"role": "assistant", "content": "It is 4.", "reasoning_content": "2+2=4."},
+        {"role": "assistant", "content": "It is 4.", "reasoning": "2+2=4.", "reasoning_content": None},
+        {"role": "assistant", "content": "It is 4.", "thinking": "2+2=4.", "reasoning_content": ""},
+        {"role": "assistant", "content": "<think>2+2=4.</think>It is 4.", "reasoning_content": ""},
     ],
 )
-def test_messages_with_thinking_become_a_trace(load, last):
-    (trace,) = load({"messages": [{"role": "user", "content": "How many?"}, last]}).traces
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_messages_with_thinking_become_a_trace(load, column, last):
+    (trace,) = load({column: [{"role": "user", "content": "How many?"}, last]}).traces
     assert (trace.reasoning, trace.answer, trace.correct) == ("2+2=4.", "It is 4.", None)
 
 
@@ -54,9 +58,9 @@ def test_rows_without_use_are_dropped_and_counted_by_reason(load):
         return {"messages": [{"role": "user", "content": "Q" + content}, {"role": "assistant", "content": content}]}
 
     good = talk("so\n</think>\n4")
-    loaded = load(good, good, talk("no thinking at all"), talk("only thinking</think>\n \n"))
+    loaded = load(good, good, talk("no thinking at all"), talk("<think>\n4, or"), talk("only thinking</think>\n \n"))
     assert len(loaded.traces) == 1
-    assert loaded.dropped == {"exact duplicate": 1, NO_CLOSE: 1, NO_ANSWER: 1}
+    assert loaded.dropped == {"exact duplicate": 1, NO_THINKING: 1, NO_CLOSE: 1, NO_ANSWER: 1}
     assert "1 x answer of zero tokens" in describe_drops(loaded.dropped)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from trsd.benchmarks import hub_rows, is_hub_source, refuse_unknown_name
-from trsd.corpora import THOUGHT_TAGS, as_conversation, with_think_tags
+from trsd.corpora import THOUGHT_FIELDS, THOUGHT_TAGS, as_conversation, with_think_tags
 from trsd.errors import InputError
 from trsd.grading import extract_answer, grade, has_format
 from trsd.metrics import say
@@ -31,6 +31,7 @@ from trsd.thinking import ThinkFormat
 from trsd.traces import FILE_TYPES, ID_FIELDS, Trace, content_key, read_rows, trace_from_row
 
 NO_CLOSE = "no close tag: the thinking never ends"
+NO_THINKING = "no thinking: neither a close tag nor a field such as reasoning_content"
 NO_ANSWER = "answer of zero tokens"
 SPECIAL_INSIDE = "special token inside the text"
 TAG_INSIDE = "close tag inside the reasoning or the answer"
@@ -138,7 +139,7 @@ class RowReader:
     def read(self, row: dict[str, Any], *, where: str) -> Question | Trace | str:
         """A question, a trace, or the reason why the row is dropped; what it leaves unread is counted."""
         item = self._read(row, where=where)
-        if not self.asking and (isinstance(item, Question) or item == NO_CLOSE):
+        if not self.asking and (isinstance(item, Question) or item in (NO_CLOSE, NO_THINKING)):
             self.unread.update(self._unread(row, asked=isinstance(item, Question)))
         return item
 
@@ -247,10 +248,15 @@ class RowReader:
         if messages[-1]["role"] != "assistant":
             return self._question(messages, gold)
         before, last = messages[:-1], messages[-1]
-        if isinstance(last.get("reasoning_content"), str):
-            return self._trace(before, last["reasoning_content"], last["content"], gold=gold)
-        reasoning, tag, answer = self._parts(last["content"])
-        return self._trace(before, reasoning, answer, gold=gold) if tag else NO_CLOSE
+        thoughts = [last[name] for name in THOUGHT_FIELDS if isinstance(last.get(name), str)]
+        thought = next(filter(str.strip, thoughts), "")
+        if thought or (thoughts and not self._closes(last["content"])):
+            return self._trace(before, thought, last["content"], gold=gold)
+        if not self._closes(last["content"]):
+            opened = any(tag in last["content"] for tag in (self.think.open_tag, THOUGHT_TAGS[0]))
+            return NO_CLOSE if opened else NO_THINKING
+        reasoning, _, answer = self._parts(last["content"])
+        return self._trace(before, reasoning, answer, gold=gold)
 
     def _question(self, messages: list[dict[str, str]], gold: str | None) -> Question | str:
         text = "\n".join(message["content"] for message in messages)
