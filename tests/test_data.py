@@ -259,6 +259,35 @@ def test_the_reference_is_found_wherever_it_stands(load, row, gold):
     assert question.gold == gold
 
 
+TALK = [TURN, {"role": "assistant", "content": TAGGED}]
+FORMS = [
+    dict(question="2+2?"),
+    dict(question="2+2?", reasoning="2 and 2", answer="It is \\boxed{4}"),
+    dict(question="2+2?", response=TAGGED),
+    dict(messages=[TURN]),
+    dict(messages=TALK),
+    dict(prompt=[TURN], completion=TALK[1:]),
+    dict(conversations=TALK),
+    dict(conversations=[{"from": "human", "value": "2+2?"}]),
+    dict(input="2+2?", output=TAGGED),
+    dict(instruction="Add.", output=TAGGED),
+    dict(prompt="2+2?", llm_response=TAGGED),
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids="+".join)
+def test_every_form_reads_every_column_of_references(load, form):
+    columns = dict(answer="#### 4", gold=4, final_answer=4.0, ground_truth="4", expected_answer="\\boxed{4}")
+    columns["solution"] = "So \\boxed{4}."
+    for name in columns.keys() - form.keys():
+        loaded = load(form | {name: columns[name]})
+        (item,) = loaded.questions + loaded.traces
+        assert item.gold in ("4", "4.0"), name
+    for left_aside in (dict(final_answer=["4", "5"]), dict(ground_truth=True), dict(solution="Add them.")):
+        loaded = load(form | left_aside)
+        assert [item.gold for item in loaded.questions + loaded.traces] == [None]
+
+
 def test_columns_that_look_like_reasoning_and_are_not_read_are_named(load, capsys):
     rows = [dict(question=f"{i}?", answer="4", thinking="hm", id=i, problem="B?") for i in range(2)]
     assert load(*rows).unread == {"thinking": 2, "problem": 2}

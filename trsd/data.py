@@ -164,7 +164,7 @@ class RowReader:
             messages = [*row["prompt"], *([] if self.asking else row["completion"])]
             return self._messages({**row, "messages": messages}, where=where)
         if (messages := as_conversation(row, where=where)) is not None:
-            return self._messages({"messages": messages}, where=where)
+            return self._messages({**row, "messages": messages}, where=where)
         names = [name for name in QUESTION_COLUMNS if name in row]
         if names:
             return self._named(row, names[0], others=names[1:], where=where)
