@@ -5,7 +5,7 @@ import json
 import pytest
 
 from trsd.corpora import as_conversation
-from trsd.data import NO_ANSWER, NO_CLOSE, load_data
+from trsd.data import NO_ANSWER, NO_CLOSE, NO_THINKING, load_data
 from trsd.errors import InputError
 
 QUESTION = "What is 2+2?"
@@ -92,7 +92,7 @@ def test_rows_without_thinking_or_answer_are_dropped_by_reason(load):
     thought = TAGGED.split("<|begin_of_solution|>")[0] + "<|begin_of_solution|>\n\n<|end_of_solution|>"
     empty = {"conversations": [{"from": "user", "value": "?"}, {"from": "gpt", "value": thought}]}
     loaded = load(ROWS["OpenThoughts"], off, unfinished, empty)
-    assert loaded.dropped == {NO_CLOSE: 2, NO_ANSWER: 1} and len(loaded.traces) == 1
+    assert loaded.dropped == {NO_THINKING: 1, NO_CLOSE: 1, NO_ANSWER: 1} and len(loaded.traces) == 1
 
 
 def test_an_input_of_text_is_a_user_turn(load):

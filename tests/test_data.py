@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trsd.data import NO_ANSWER, NO_CLOSE, RowReader, describe_drops, load_data
+from trsd.data import NO_ANSWER, NO_CLOSE, NO_THINKING, RowReader, describe_drops, load_data
 from trsd.errors import InputError
 from trsd.traces import write_traces
 
@@ -37,10 +37,14 @@ def test_prompt_reasoning_answer_become_a_trace(load, tokenizer, think):
         {"role": "assistant", "content": "<think>\n2+2=4.\n</think>\n\nIt is 4."},
         {"role": "assistant", "content": "2+2=4.\n</think>\nIt is 4."},
         {"role": "assistant", "content": "It is 4.", "reasoning_content": "2+2=4."},
+        {"role": "assistant", "content": "It is 4.", "reasoning": "2+2=4.", "reasoning_content": None},
+        {"role": "assistant", "content": "It is 4.", "thinking": "2+2=4.", "reasoning_content": ""},
+        {"role": "assistant", "content": "<think>2+2=4.</think>It is 4.", "reasoning_content": ""},
     ],
 )
-def test_messages_with_thinking_become_a_trace(load, last):
-    (trace,) = load({"messages": [{"role": "user", "content": "How many?"}, last]}).traces
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_messages_with_thinking_become_a_trace(load, column, last):
+    (trace,) = load({column: [{"role": "user", "content": "How many?"}, last]}).traces
     assert (trace.reasoning, trace.answer, trace.correct) == ("2+2=4.", "It is 4.", None)
 
 
@@ -54,9 +58,9 @@ def test_rows_without_use_are_dropped_and_counted_by_reason(load):
         return {"messages": [{"role": "user", "content": "Q" + content}, {"role": "assistant", "content": content}]}
 
     good = talk("so\n</think>\n4")
-    loaded = load(good, good, talk("no thinking at all"), talk("only thinking</think>\n \n"))
+    loaded = load(good, good, talk("no thinking at all"), talk("<think>\n4, or"), talk("only thinking</think>\n \n"))
     assert len(loaded.traces) == 1
-    assert loaded.dropped == {"exact duplicate": 1, NO_CLOSE: 1, NO_ANSWER: 1}
+    assert loaded.dropped == {"exact duplicate": 1, NO_THINKING: 1, NO_CLOSE: 1, NO_ANSWER: 1}
     assert "1 x answer of zero tokens" in describe_drops(loaded.dropped)
 
 
@@ -182,6 +186,7 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path, tokenizer, think):
 
 
 TAGGED = "<think>2 and 2</think>It is \\boxed{4}"
+TURN = {"role": "user", "content": "2+2?"}
 
 
 @pytest.mark.parametrize(
@@ -192,6 +197,14 @@ TAGGED = "<think>2 and 2</think>It is \\boxed{4}"
         (dict(problem="2+2?", answer=TAGGED), "2+2?", None),
         (dict(problem="2+2?", answer=TAGGED, final_answer=4), "2+2?", "4"),
         (dict(problem="2+2?", reasoning="2 and 2", response="It is \\boxed{4}"), "2+2?", None),
+        (dict(problem="2+2?", reasoning="2 and 2", response="It is \\boxed{4}", answer="4"), "2+2?", "4"),
+        (dict(problem="2+2?", reasoning="2 and 2", response=TAGGED, answer="4"), "2+2?", "4"),
+        (dict(problem="2+2?", reasoning="2 and 2", answer="It is \\boxed{4}", final_answer=4), "2+2?", "4"),
+        (dict(problem="2+2?", reasoning="2 and 2", answer="It is \\boxed{4}", final_answer=["4"]), "2+2?", None),
+        (dict(prompt="2+2?", completion=TAGGED), "2+2?", None),
+        (dict(prompt=[TURN], completion=[TURN | dict(role="assistant", content=TAGGED)]), "2+2?", None),
+        (dict(problem="2+2?", generations=[TAGGED, "<think>3"], answer="4"), "2+2?", "4"),
+        (dict(problem="2+2?", generated_solution=TAGGED, expected_answer="4"), "2+2?", "4"),
         (dict(instruction="Add.", input="2+2?", output=TAGGED), "Add.\n\n2+2?", None),
         (dict(instruction="Add 2 and 2.", input="", output=TAGGED), "Add 2 and 2.", None),
         (dict(instruction="Add 2 and 2.", output=TAGGED), "Add 2 and 2.", None),
@@ -208,9 +221,27 @@ def test_a_response_that_never_stops_thinking_is_dropped_by_that_reason(load):
     assert len(loaded.traces) == 1 and loaded.dropped == {NO_CLOSE: 1}
 
 
-def test_where_questions_are_wanted_responses_are_left_aside(load):
-    (question,) = load(dict(question="2+2?", answer="4", response=TAGGED), asking=True).questions
-    assert question.gold == "4"
+FIRST_GUESS = "<think>\nFirst guess \\boxed{1}.\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    "row,gold",
+    [
+        (dict(answer="4", response=TAGGED), "4"),
+        (dict(answer=FIRST_GUESS + "The answer is N.", gold="N"), "N"),
+        (dict(answer="<think>a \\boxed{9}</think>It is 7.", gold="7"), "7"),
+        (dict(answer=TAGGED, final_answer=5), "5"),
+        (dict(answer=FIRST_GUESS + "\\boxed{4}"), "4"),
+        (dict(answer=FIRST_GUESS + "4"), "4"),
+        (dict(answer="<|begin_of_thought|>\\boxed{1}<|end_of_thought|>\n4"), "4"),
+        (dict(response=TAGGED), None),
+        (dict(generations=[TAGGED], answer="4"), "4"),
+        (dict(prompt=[TURN], completion=[dict(role="assistant", content=TAGGED)], answer="4"), "4"),
+    ],
+)
+def test_where_questions_are_wanted_thinking_is_left_aside(load, row, gold):
+    (question,) = load(dict(question="2+2?") | row, asking=True).questions
+    assert question.gold == gold
 
 
 @pytest.mark.parametrize(
@@ -228,6 +259,35 @@ def test_the_reference_is_found_wherever_it_stands(load, row, gold):
     assert question.gold == gold
 
 
+TALK = [TURN, {"role": "assistant", "content": TAGGED}]
+FORMS = [
+    dict(question="2+2?"),
+    dict(question="2+2?", reasoning="2 and 2", answer="It is \\boxed{4}"),
+    dict(question="2+2?", response=TAGGED),
+    dict(messages=[TURN]),
+    dict(messages=TALK),
+    dict(prompt=[TURN], completion=TALK[1:]),
+    dict(conversations=TALK),
+    dict(conversations=[{"from": "human", "value": "2+2?"}]),
+    dict(input="2+2?", output=TAGGED),
+    dict(instruction="Add.", output=TAGGED),
+    dict(prompt="2+2?", llm_response=TAGGED),
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids="+".join)
+def test_every_form_reads_every_column_of_references(load, form):
+    columns = dict(answer="#### 4", gold=4, final_answer=4.0, ground_truth="4", expected_answer="\\boxed{4}")
+    columns["solution"] = "So \\boxed{4}."
+    for name in columns.keys() - form.keys():
+        loaded = load(form | {name: columns[name]})
+        (item,) = loaded.questions + loaded.traces
+        assert item.gold in ("4", "4.0"), name
+    for left_aside in (dict(final_answer=["4", "5"]), dict(ground_truth=True), dict(solution="Add them.")):
+        loaded = load(form | left_aside)
+        assert [item.gold for item in loaded.questions + loaded.traces] == [None]
+
+
 def test_columns_that_look_like_reasoning_and_are_not_read_are_named(load, capsys):
     rows = [dict(question=f"{i}?", answer="4", thinking="hm", id=i, problem="B?") for i in range(2)]
     assert load(*rows).unread == {"thinking": 2, "problem": 2}
@@ -235,6 +295,26 @@ def test_columns_that_look_like_reasoning_and_are_not_read_are_named(load, capsy
     assert "2 x thinking" in said and "2 x problem" in said and "id" not in said.split("(")[1]
     load(dict(question="A?", answer="4", level=3))
     assert "note" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "row,names",
+    [
+        (dict(question="2+2?", output=TAGGED), ["output"]),
+        (dict(question="2+2?", solution=TAGGED, samples=[None, TAGGED], scores=[1]), ["samples", "solution"]),
+        (dict(question="2+2?", thinking_trajectories=["2 and 2"], attempt="4"), ["thinking_trajectories"]),
+        (dict(question="2+2?", cot=TAGGED), ["cot"]),
+        (dict(question="What is </think>?", thinking=None), []),
+        (dict(messages=[TURN], r1_text=TAGGED), ["r1_text"]),
+        (dict(prompt="2+2?", response="<think>2 and", better=TAGGED), ["better"]),
+        (dict(prompt="2+2?", response=TAGGED, better=TAGGED), []),
+        (dict(prompt="2+2?", reasoning="2", answer="4</think>"), []),
+    ],
+)
+def test_a_column_with_a_close_tag_that_is_not_read_is_named_whatever_it_is_called(tokenizer, think, row, names):
+    reader = RowReader(tokenizer, think)
+    reader.read(row, where="f:1")
+    assert sorted(reader.unread.elements()) == names
 
 
 def test_blanks_are_no_reasoning(load):

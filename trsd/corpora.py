@@ -23,6 +23,7 @@ ROLES = {
     "system": "system",
 }
 THOUGHT_TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>")
+THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of an assistant's turn
 SOLUTION_TAGS = ("<|begin_of_solution|>", "<|end_of_solution|>")
 
 
@@ -66,7 +67,8 @@ def _turns(row: dict[str, Any], name: str, where: str) -> list[dict[str, str]]:
             raise InputError(f"{where}: every turn of {name} needs a from and a value of text")
         if speaker not in ROLES:
             raise InputError(f"{where}: {name} has a turn from {speaker!r}; known: {', '.join(ROLES)}")
-        messages.append({"role": ROLES[speaker], "content": value})
+        thoughts = {each: turn[each] for each in THOUGHT_FIELDS if isinstance(turn.get(each), str)}
+        messages.append({"role": ROLES[speaker], "content": value} | thoughts)
     return messages
 
 

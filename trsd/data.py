@@ -2,7 +2,8 @@
 
     messages                        a conversation; an assistant turn with thinking makes it a trace
     prompt + reasoning + answer     a trace as text (question or problem serve as prompt)
-    prompt + response               the same, thinking and answer in one text (also where the answer has the tags)
+    prompt + response               the same, thinking and answer in one text (also where the answer has the tags);
+                                    completion, the first of generations, generated_solution serve as response
     question + answer               a question with its reference answer; the teacher writes the trace
                                     (problem or prompt serve as question, final_answer as answer)
     conversations; input + output; prompt + llm_response
@@ -13,14 +14,14 @@ A row that cannot be used is dropped by a named reason and counted; a row that i
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from trsd.benchmarks import hub_rows, is_hub_source, refuse_unknown_name
-from trsd.corpora import THOUGHT_TAGS, as_conversation, with_think_tags
+from trsd.corpora import THOUGHT_FIELDS, THOUGHT_TAGS, as_conversation, with_think_tags
 from trsd.errors import InputError
 from trsd.grading import extract_answer, grade, has_format
 from trsd.metrics import say
@@ -30,12 +31,16 @@ from trsd.thinking import ThinkFormat
 from trsd.traces import FILE_TYPES, ID_FIELDS, Trace, content_key, read_rows, trace_from_row
 
 NO_CLOSE = "no close tag: the thinking never ends"
+NO_THINKING = "no thinking: neither a close tag nor a field such as reasoning_content"
 NO_ANSWER = "answer of zero tokens"
 SPECIAL_INSIDE = "special token inside the text"
 TAG_INSIDE = "close tag inside the reasoning or the answer"
 QUESTION_COLUMNS = ("question", "problem", "prompt")
+RESPONSES = ("response", "completion", "generations", "generated_solution")
+REFERENCES = ("answer", "gold", "final_answer", "solution", "ground_truth", "expected_answer")
 # What a row of a question may hold beside it that looks as if it were meant, and is not read.
 UNREAD = ("instruction", "thinking", "thoughts", "thought", "cot", "chain_of_thought", "reasoning_content", "rationale")
+UNREAD += ("thinking_trajectories", "deepseek_thinking_trajectory", "gemini_thinking_trajectory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +95,8 @@ def load_data(
             (loaded.traces if isinstance(item, Trace) else loaded.questions).append(item)
     loaded.unread = reader.unread
     if unread := describe_drops(loaded.unread):
-        say(f"note: {source} has columns that are not read ({unread}): reasoning is read from reasoning or response")
+        read = ", ".join(("reasoning", *RESPONSES))
+        say(f"note: {source} has columns that are not read ({unread}): reasoning is read from {read}")
     if loaded.traces and loaded.questions:
         raise InputError(
             f"{source} mixes {len(loaded.traces)} rows with reasoning and {len(loaded.questions)} without: split them "
@@ -131,19 +137,34 @@ class RowReader:
         self.stop_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
     def read(self, row: dict[str, Any], *, where: str) -> Question | Trace | str:
-        """A question, a trace, or the reason why the row is dropped."""
+        """A question, a trace, or the reason why the row is dropped; what it leaves unread is counted."""
+        item = self._read(row, where=where)
+        if not self.asking and (isinstance(item, Question) or item in (NO_CLOSE, NO_THINKING)):
+            self.unread.update(self._unread(row, asked=isinstance(item, Question)))
+        return item
+
+    def _unread(self, row: dict[str, Any], *, asked: bool) -> set[str]:
+        """Columns with a close tag or, beside a question, of a name in ``UNREAD``."""
+        columns = {name: value if isinstance(value, list) else [value] for name, value in row.items()}
+        found = {name for name, texts in columns.items() if any(map(self._closes, texts))} - {*QUESTION_COLUMNS}
+        return found | {name for name in UNREAD if asked and row.get(name) is not None}
+
+    def _read(self, row: dict[str, Any], *, where: str) -> Question | Trace | str:
         if "prompt_ids" in row:
             if self.as_text and row.get("tokenizer") != self.fingerprint:
                 row = {
                     "prompt": row.get("question"),
                     **{name: row.get(name) for name in ("reasoning", "answer", "gold")},
                 }
-                return self.read(row, where=where)
+                return self._read(row, where=where)
             return self._stored(row, where=where)
         if "messages" in row:
             return self._messages(row, where=where)
+        if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+            messages = [*row["prompt"], *([] if self.asking else row["completion"])]
+            return self._messages({**row, "messages": messages}, where=where)
         if (messages := as_conversation(row, where=where)) is not None:
-            return self._messages({"messages": messages}, where=where)
+            return self._messages({**row, "messages": messages}, where=where)
         names = [name for name in QUESTION_COLUMNS if name in row]
         if names:
             return self._named(row, names[0], others=names[1:], where=where)
@@ -155,25 +176,48 @@ class RowReader:
     def _named(self, row: dict[str, Any], name: str, *, others: list[str], where: str) -> Question | Trace | str:
         """A row whose column ``name`` is the question."""
         messages = [{"role": "user", "content": _text(row, name, where)}]
-        if not isinstance(row.get("final_answer"), str | float | int):  # a list of several, in some data sets
-            row = {**row, "final_answer": None}
-        if row.get("reasoning") is not None:
-            answer = next((each for each in ("answer", "response") if row.get(each) is not None), None)
-            text = _text(row, answer, where) if answer else ""
-            return self._trace(messages, _text(row, "reasoning", where), text, gold=_gold(row, ("gold",), where))
-        if not self.asking:
-            written, golds = "response", ("answer", "gold", "final_answer")
-            answer = row.get("answer")
-            if isinstance(answer, str) and any(tag in answer for tag in (self.think.close_tag, THOUGHT_TAGS[1])):
-                written, golds = "answer", golds[1:]
-            if row.get(written) is not None:
-                messages.append({"role": "assistant", "content": _text(row, written, where)})
-                return self._messages({"messages": messages, "gold": _gold(row, golds, where)}, where=where)
-            self.unread.update(each for each in (*others, *UNREAD) if row.get(each) is not None)
-        gold = _gold(row, ("answer", "final_answer"), where)
-        if gold is None and isinstance(row.get("solution"), str) and has_format(row["solution"]):
-            gold = row["solution"]
-        return self._question(messages, gold and extract_answer(gold, whole_text=True))
+        if isinstance(row.get("generations"), list):
+            row = {**row, "generations": next(iter(row["generations"]), None)}
+        response = next((each for each in RESPONSES if row.get(each) is not None), None)
+        if row.get("reasoning") is not None and not self._closes(row.get(response)):
+            written = response or "answer"
+            text = _text(row, written, where) if row.get(written) is not None else ""
+            gold = self._reference({**row, written: None}, where)
+            return self._trace(messages, _text(row, "reasoning", where), text, gold=gold)
+        written = "answer" if self._closes(row.get("answer")) else response
+        gold = self._reference({**row, written: None}, where)
+        if self.asking or written is None:
+            if not self.asking:
+                self.unread.update(each for each in others if row.get(each) is not None)
+            return self._question(messages, gold or self._reference({"answer": row.get("answer")}, where))
+        messages.append({"role": "assistant", "content": _text(row, written, where)})
+        return self._messages({"messages": messages, "gold": gold}, where=where)
+
+    def _closes(self, text: Any) -> bool:
+        """Whether ``text`` holds the close tag, the model's or a corpus's."""
+        return isinstance(text, str) and any(tag in text for tag in (self.think.close_tag, THOUGHT_TAGS[1]))
+
+    def _parts(self, text: str) -> tuple[str, str, str]:
+        """(thinking, close tag, answer) of a response; without the tag all of it is thinking."""
+        tags = {"open_tag": self.think.open_tag, "close_tag": self.think.close_tag}
+        text = with_think_tags(text, **tags).strip().removeprefix(self.think.open_tag)
+        return text.partition(self.think.close_tag)
+
+    def _reference(self, row: dict[str, Any], where: str) -> str | None:
+        """What the first of ``REFERENCES`` that has an answer states, behind its thinking; a blank one has none.
+
+        A ``solution`` counts where it states its answer in a known form. Beside ``answer`` and ``gold``, what is no
+        text (a list of several, in some data sets) is left aside.
+        """
+        for name in REFERENCES:
+            value = row.get(name)
+            if value is None or (name not in ("answer", "gold") and not _is_text(value)):
+                continue
+            text = _text(row, name, where)
+            text = self._parts(text)[2] if self._closes(text) else text
+            if text.strip() and (name != "solution" or has_format(text)):
+                return extract_answer(text, whole_text=True)
+        return None
 
     def _stored(self, row: dict[str, Any], *, where: str) -> Trace | str:
         trace = trace_from_row(row, where=where, tokenizer_fingerprint=self.fingerprint)
@@ -200,16 +244,19 @@ class RowReader:
         for message in messages:
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise InputError(f"{where}: every message needs a role and a content of text")
-        gold = _gold(row, ("answer", "gold"), where)
+        gold = self._reference(row, where)
         if messages[-1]["role"] != "assistant":
             return self._question(messages, gold)
         before, last = messages[:-1], messages[-1]
-        if isinstance(last.get("reasoning_content"), str):
-            return self._trace(before, last["reasoning_content"], last["content"], gold=gold)
-        tags = {"open_tag": self.think.open_tag, "close_tag": self.think.close_tag}
-        text = with_think_tags(last["content"], **tags).strip().removeprefix(self.think.open_tag)
-        reasoning, tag, answer = text.partition(self.think.close_tag)
-        return self._trace(before, reasoning, answer, gold=gold) if tag else NO_CLOSE
+        thoughts = [last[name] for name in THOUGHT_FIELDS if isinstance(last.get(name), str)]
+        thought = next(filter(str.strip, thoughts), "")
+        if thought or (thoughts and not self._closes(last["content"])):
+            return self._trace(before, thought, last["content"], gold=gold)
+        if not self._closes(last["content"]):
+            opened = any(tag in last["content"] for tag in (self.think.open_tag, THOUGHT_TAGS[0]))
+            return NO_CLOSE if opened else NO_THINKING
+        reasoning, _, answer = self._parts(last["content"])
+        return self._trace(before, reasoning, answer, gold=gold)
 
     def _question(self, messages: list[dict[str, str]], gold: str | None) -> Question | str:
         text = "\n".join(message["content"] for message in messages)
@@ -253,18 +300,16 @@ class RowReader:
         )
 
 
-def _gold(row: dict[str, Any], names: Sequence[str], where: str) -> str | None:
-    """The reference in the first of these columns that has one; a blank one is none."""
-    texts = (_text(row, name, where) for name in names if row.get(name) is not None)
-    return next((text for text in texts if text.strip()), None)
+def _is_text(value: Any) -> bool:
+    """Whether ``value`` is a text, or a number that is read as one."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and value == value
 
 
 def _text(row: dict[str, Any], name: str, where: str) -> str:
     value = row.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
-        value = str(value)
-    if not isinstance(value, str):
+    if not _is_text(value):
         raise InputError(f"{where}: {name} must be text, got {type(value).__name__}")
+    value = str(value)
     try:
         value.encode()
     except UnicodeEncodeError as error:
