@@ -136,6 +136,11 @@ DATA = [
         "error: … holds no usable row (it is empty)",
     ),
     Mistake(
+        "conversations without thinking",
+        f"train {TINY} --data chat.jsonl",
+        "error: … holds no usable row (… x no thinking: neither a close tag nor a field such as reasoning_content)",
+    ),
+    Mistake(
         "a broken line",
         f"train {TINY} --data broken.jsonl",
         "error: …:…: not a JSON row in UTF-8 (…); mend or remove this line",

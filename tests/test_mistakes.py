@@ -82,6 +82,8 @@ def _make_data(folder):
     rows("text.jsonl", *thought)
     rows("mixed.jsonl", *asked, *thought)
     rows("unanswered.jsonl", *({"question": row["question"]} for row in asked))
+    talk = [{"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "2"}]
+    rows("chat.jsonl", {"messages": talk})
     rows("columns.jsonl", {"instruction": "What is 1 + 1?"})
     rows("formula.jsonl", {"question": "What is half of x + 1?", "answer": r"\frac{x+1}{2}"})
     for name, one in (("one.json", "a"), ("two.json", "b")):
