@@ -160,6 +160,7 @@ def test_traces_without_derivation_answer_or_cues_are_counted(tokenizer, think, 
         (["--data", "absent.jsonl", "--tokenizer", "./absent"], "no model folder at ./absent"),
         (["--data", "x.jsonl", "--tokenizer", REASONER, "--judge_url", "here"], "judge_url: expected http"),
         (["--data", "x.jsonl", "--tokenizer", REASONER, "--judge_url", "http://h:1"], "judge_model: name the model"),
+        (["--data", "x.jsonl", "--tokenizer", REASONER, "--judge_model", "m"], "judge_model: only judge_url reads it"),
     ],
 )
 def test_input_that_cannot_be_used_exits_with_2(extra, message, tmp_path, capsys):

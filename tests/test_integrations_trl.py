@@ -99,6 +99,13 @@ def test_on_policy_training_takes_trls_steps(tokenizer, tmp_path):
         assert torch.allclose(weights[1][name], wanted, atol=1e-5), name
 
 
+def test_a_compiled_student_is_refused(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # which the arguments set
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
+    with pytest.raises(InputError, match="torch_compile compiles the model's forward"):
+        on_policy(FusedDistillationTrainer, tokenizer, tmp_path, torch_compile=True, torch_compile_backend="eager")
+
+
 def test_trl_leaves_out_the_square_of_the_temperature(tokenizer, tmp_path):
     theirs, ours = (
         on_policy(trl.DistillationTrainer, tokenizer, tmp_path, temperature=2.0),

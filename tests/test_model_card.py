@@ -240,6 +240,16 @@ def test_the_cards_own_code_answers_as_the_evaluation_does(budget, reasoner, cap
     assert play(program(serving, TRANSFORMERS), capsys) == said_at(decoder, budget) + "\n"
 
 
+def test_the_cards_own_code_takes_no_penalty_from_the_folder(reasoner, capsys, monkeypatch, tmp_path):
+    folder, decoder = reasoner
+    shutil.copytree(folder, tmp_path / "penal")
+    path = tmp_path / "penal" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 3.0}))
+    monkeypatch.chdir(tmp_path / "penal")
+    serving = Serving.of(decoder.think, decoder.tokenizer, budget=40, max_answer_tokens=32)
+    assert play(program(serving, TRANSFORMERS), capsys) == said_at(decoder, 40) + "\n"
+
+
 @pytest.mark.parametrize("writer", [VLLM, LLAMA_CPP], ids=["vllm", "llama.cpp"])
 @pytest.mark.parametrize("budget", [40, 138, 250])
 def test_the_code_for_servers_does_the_same_over_http(writer, budget, reasoner, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from scripted import Scripted
@@ -31,6 +32,13 @@ def test_report_without_budgets_holds_numbers_and_no_curve(unconstrained, tmp_pa
     assert "http" not in text and "<script" not in text  # it needs nothing else, and opens without a network
     assert "unconstrained accuracy<b>0.500" in text and "<td>free</td>" in text
     assert "area under the curve" not in text
+
+
+def test_report_of_the_current_folder_has_its_name(tmp_path, monkeypatch):
+    for name in (RECIPE_FILE, ENVIRONMENT_FILE):
+        write_text(tmp_path / "mine" / name, "{}\n")
+    monkeypatch.chdir(tmp_path / "mine")
+    assert "<title>mine</title>" in write_report(Path(".")).read_text()
 
 
 def test_summary_without_budgets_has_no_empty_table(unconstrained):

@@ -145,8 +145,9 @@ def teacher_vectors(
     top_token = torch.empty(num_tokens, dtype=torch.int64, device=student.device)
     head = Head(teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias)
     if student_lm_head_bias is not None:  # -inf marks tokens that the student cannot write
-        forbidden = student_lm_head_bias.detach() == -torch.inf
-        bias = student_lm_head_bias.detach().to(word).masked_fill(forbidden, 0.0)
+        bias = student_lm_head_bias.detach().to(word)
+        forbidden = (bias == -torch.inf).to(word)
+        bias = bias.masked_fill(forbidden == 1, 0.0)
     for part, logits in logit_chunks(head, settings.teacher_transform, chunk_bytes=chunk_bytes):
         logits.div_(settings.temperature)
         top_token[part] = logits.argmax(1)
@@ -155,7 +156,7 @@ def teacher_vectors(
         with torch.autocast(student.device.type, enabled=False):
             entropy[part] = -torch.linalg.vecdot(p, log_p.masked_fill_(p == 0, 0.0))
             if student_lm_head_bias is not None:
-                apart = p.to(word) @ forbidden.to(word) > 0
+                apart = p.to(word) @ forbidden > 0
                 mean_bias[part] = (p.to(word) @ bias).masked_fill_(apart, -torch.inf)
             vectors[part] = accurate_product(p.to(word), student)
     return TeacherVectors(vectors, entropy, mean_bias, top_token, settings.temperature)

@@ -4,7 +4,6 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DynamoBackend
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, Trainer
@@ -41,7 +40,7 @@ def refuse_compiled(trainer: Trainer) -> None:
 
     And DDP's would not be run either, for accelerate takes a compiled model out of it when it is unwrapped.
     """
-    if trainer.args.torch_compile or trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+    if trainer.args.torch_compile or trainer.accelerator.state.dynamo_plugin.backend != "NO":
         raise InputError("torch_compile compiles the model's forward, and this trainer runs its parts: leave it out")
 
 
