@@ -9,7 +9,6 @@ import json
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -38,10 +37,8 @@ def run(args: AnalyzeArguments) -> dict[str, Any]:
     for name in ("max_samples", "max_tokens_per_batch", "judge_samples"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"{name}: expected at least 1, got {getattr(args, name)}")
-    if args.judge_url is None:
-        for entry in fields(args):
-            if entry.name.startswith("judge_") and getattr(args, entry.name) != entry.default:
-                raise InputError(f"{entry.name}: only judge_url reads it: set that, or leave {entry.name} out")
+    if args.judge_model and args.judge_url is None:
+        raise InputError("judge_model: only judge_url reads it: set that, or leave judge_model out")
     for name in ("analysis.json", "analysis.md", "measures.jsonl"):
         if (args.output_dir / name).resolve() == Path(args.data).resolve():
             raise InputError(f"{args.output_dir / name} would overwrite the data: choose another output_dir")
