@@ -3,9 +3,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from conftest import REASONER
+from transformers import AutoTokenizer
 
 from trsd.data import NO_ANSWER, NO_CLOSE, NO_THINKING, RowReader, describe_drops, load_data
 from trsd.errors import InputError
+from trsd.thinking import ThinkFormat, token_texts
 from trsd.traces import write_traces
 
 
@@ -320,3 +323,31 @@ def test_a_column_with_a_close_tag_that_is_not_read_is_named_whatever_it_is_call
 def test_blanks_are_no_reasoning(load):
     (trace,) = load(dict(prompt="2+4?", reasoning="  \n", answer="6")).traces
     assert trace.reasoning == "" and trace.reasoning_ids == []
+
+
+QWEN3 = GSM8K.parents[1] / "tokenizers" / "qwen3"
+WHOLE = [
+    ("2 and 2.", "It is 4."),
+    ("So (4).", "\\boxed{4}"),
+    ("Is it \u201c4\u201d? \U0001f600", "4"),
+    ("a\n\nb ", "Four"),
+]
+
+
+@pytest.mark.parametrize("tags", [{}, dict(open_tag="<Begin_of_Draft>", close_tag="<End_of_Draft>")], ids=str)
+@pytest.mark.parametrize("folder", [REASONER, QWEN3], ids=lambda folder: folder.name)
+def test_a_trace_given_as_text_has_the_tokens_of_the_whole_text(folder, tags):
+    if not folder.exists():
+        pytest.skip("Qwen3's tokenizer is not beside the checkout")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = tokenizer.chat_template or "{{ messages[0].content }}"
+    think = ThinkFormat.of(tokenizer, **tags)
+    for reasoning, answer in WHOLE:
+        trace = RowReader(tokenizer, think).read(dict(prompt="2+2?", reasoning=reasoning, answer=answer), where="f:1")
+        ids = [*trace.reasoning_ids, *trace.close_ids, *trace.answer_ids]
+        written = tokenizer(reasoning + think.natural_close + answer, add_special_tokens=False).input_ids
+        assert ids == [*written, tokenizer.eos_token_id]
+        assert think.close_tag in tokenizer.decode(trace.close_ids)
+        assert (trace.reasoning, trace.answer) == (reasoning, answer)
+        parts = think.split(written, token_texts(tokenizer, len(tokenizer)))
+        assert parts == (trace.reasoning_ids, trace.close_ids, trace.answer_ids[:-1])

@@ -5,7 +5,7 @@
     prompt + response               the same, thinking and answer in one text (also where the answer has the tags);
                                     completion, the first of generations, generated_solution serve as response
     question + answer               a question with its reference answer; the teacher writes the trace
-                                    (problem or prompt serve as question, final_answer as answer)
+                                    (problem or prompt serve as question)
     conversations; input + output; prompt + llm_response
                                     rows of published corpora (``corpora.py``)
     prompt_ids, reasoning_ids, ...  a stored trace file
@@ -130,6 +130,7 @@ class RowReader:
     def __init__(self, tokenizer: Any, think: ThinkFormat, *, as_text: bool = False, asking: bool = False) -> None:
         self.as_text, self.asking = as_text, asking
         self.unread: Counter[str] = Counter()
+        self._texts: dict[int, str] = {}
         self.tokenizer = tokenizer
         self.think = think
         self.fingerprint = tokenizer_fingerprint(tokenizer)
@@ -281,23 +282,40 @@ class RowReader:
         if any(token in text for token in special for text in (reasoning, answer)):
             return SPECIAL_INSIDE
 
-        def encode(text: str) -> list[int]:
-            return self.tokenizer(text, add_special_tokens=False).input_ids
-
+        reasoning_ids, close_ids, answer_ids = self._ids(reasoning, answer)
         return Trace(
             id=content_key(question.question, reasoning, answer),
             question=question.question,
             gold=gold,
             prompt_ids=self.think.prompt_ids(self.tokenizer, messages),
-            reasoning_ids=encode(reasoning) if reasoning else [],
-            close_ids=list(self.think.natural_close_ids),
-            answer_ids=[*encode(answer), self.tokenizer.eos_token_id],
+            reasoning_ids=reasoning_ids,
+            close_ids=close_ids,
+            answer_ids=[*answer_ids, self.tokenizer.eos_token_id],
             reasoning=reasoning,
             answer=answer,
             closed=True,
             correct=None if gold is None else grade(answer, gold),
             tokenizer=self.fingerprint,
         )
+
+    def _ids(self, reasoning: str, answer: str) -> tuple[list[int], list[int], list[int]]:
+        """(reasoning, close, answer) as a model writes them: encoded as one text, and split as what a model wrote.
+
+        Each is encoded by itself where nothing was thought, or where a whole part would be merged into the close.
+        """
+
+        def encode(text: str) -> list[int]:
+            return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+        if reasoning:
+            ids = encode(reasoning + self.think.natural_close + answer)
+            if fresh := [*{*ids} - self._texts.keys()]:
+                texts = self.tokenizer.batch_decode([[i] for i in fresh], clean_up_tokenization_spaces=False)
+                self._texts.update(zip(fresh, texts, strict=True))
+            parts = self.think.split(ids, self._texts)
+            if parts and all(parts):
+                return parts
+        return encode(reasoning), list(self.think.natural_close_ids), encode(answer)
 
 
 def _is_text(value: Any) -> bool:

@@ -10,7 +10,7 @@ evaluation and serving; presets below. Tags may be single special tokens (Qwen3)
 
 import sys
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -54,7 +54,7 @@ class ThinkFormat:
     closer: str
     closer_ids: tuple[int, ...]
     natural_close_ids: tuple[int, ...]
-    """The close as the chat template writes it, for traces that come as text."""
+    """The close as the chat template writes it, encoded by itself."""
 
     @classmethod
     def of(
@@ -67,7 +67,7 @@ class ThinkFormat:
                 f"open_tag, close_tag: expected two texts that differ from each other and from the EOS token "
                 f"{tokenizer.eos_token!r}, got {open_tag!r} and {close_tag!r}"
             )
-        natural = _layout(open_tag)[1].replace("{close}", close_tag)
+        natural = _close(open_tag, close_tag)
         text = natural if closer == "template" else CLOSERS.get(closer, closer).replace("{close}", close_tag)
         if close_tag not in text:
             raise InputError(
@@ -86,6 +86,11 @@ class ThinkFormat:
     def opener(self) -> str:
         """What a prompt ends with."""
         return _layout(self.open_tag)[0]
+
+    @property
+    def natural_close(self) -> str:
+        """The close as the chat template writes it."""
+        return _close(self.open_tag, self.close_tag)
 
     def say_added_opener(self, tokenizer: Any) -> None:
         """Say on stderr that the chat template does not know the opener, for such a model may not know to think."""
@@ -113,14 +118,17 @@ class ThinkFormat:
         """
         text = _render(tokenizer, messages, enable_thinking=False)
         if text.rstrip().endswith(self.open_tag):
-            text += _layout(self.open_tag)[1].replace("{close}", self.close_tag)
+            text += self.natural_close
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    def split(self, ids: Sequence[int], texts: Sequence[str]) -> tuple[list[int], list[int], list[int]] | None:
+    def split(
+        self, ids: Sequence[int], texts: Sequence[str] | Mapping[int, str]
+    ) -> tuple[list[int], list[int], list[int]] | None:
         """Split what a model wrote after the opener into (reasoning, close, answer); None without a close tag.
 
-        ``texts`` are the ``token_texts`` of the tokenizer. The tag may be one token or several, and its ends may be
-        merged with what stands beside them: such a token, and whitespace behind the tag, belongs to the close.
+        ``texts`` are the ``token_texts`` of the tokenizer, or those of ``ids``. The tag may be one token or several,
+        and its ends may be merged with what stands beside them: such a token, and whitespace behind the tag, belongs to
+        the close.
         """
         ends = list(accumulate(len(texts[i]) for i in ids))
         start = "".join(texts[i] for i in ids).find(self.close_tag)
@@ -136,6 +144,10 @@ class ThinkFormat:
 def _layout(open_tag: str) -> tuple[str, str]:
     """(opener, close) as they are written, the close with ``{close}`` for the tag."""
     return DRAFT_LAYOUTS.get(open_tag, (f"{open_tag}\n", CLOSERS["template"]))
+
+
+def _close(open_tag: str, close_tag: str) -> str:
+    return _layout(open_tag)[1].replace("{close}", close_tag)
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], *, enable_thinking: bool) -> str:
