@@ -147,6 +147,7 @@ def test_text_that_is_no_recipe_exits_2_without_a_traceback(tmp_path, content):
 
 COLUMNS = ("prompt", "question", "problem", "reasoning", "answer", "gold", "messages", "conversations", "input")
 COLUMNS += ("output", "llm_response", "role", "content", "reasoning_content", *(f.name for f in fields(Trace)))
+COLUMNS += ("response", "completion", "generations", "solution", "ground_truth", "final_answer", "thinking")
 ROWS = st.dictionaries(st.sampled_from(COLUMNS), JSON | st.text(max_size=30), max_size=6)
 TURNS = st.fixed_dictionaries(
     dict(role=st.sampled_from(["user", "assistant", "system", "tool"]) | JSON, content=st.text(max_size=20) | JSON)
