@@ -16,6 +16,7 @@ from typing import Literal
 
 from trsd.choices import leading_choice, named_choice, reference_choice
 from trsd.errors import InputError
+from trsd.expressions import stated_expression
 from trsd.math_checker import shared_checker
 from trsd.word_answers import as_words, begins_with
 
@@ -24,14 +25,14 @@ Form = Literal["boxed", "hashes", "stated", "number"]
 _WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)"  # commas only where they part thousands: "3, 5" and "3,5" are lists
 _NUMBER = re.compile(rf"(?:(?<![\d)\w])-)?(?:{_WHOLE}(?:\.\d+)?|\.\d+)(?:\s*/\s*{_WHOLE})?")
 _PLAIN_NUMBER = re.compile(rf"-?(?:{_WHOLE}(?:\.\d*)?|\.\d+)(?:/{_WHOLE})?")
-_LOOSE_SPACE = re.compile(r"(?<![,\d]) | (?!\d)|(?<!,) (?=\d{3}(?!\d))")  # "1 200" and "1 / 2", but "3 1/2" is mixed
-_LATEX = re.compile(r"\$((?:\\.|[^$\\])+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]")
+_MIXED = re.compile(rf"(-?)\s*({_WHOLE})\s+(\d+)\s*/\s*(\d+)")
+_LOOSE_SPACE = re.compile(r"(?<![,\d]) | (?!\d)|(?<!,) (?=\d{3}(?!\d))")  # "1 200" and "1 / 2", but "3 5" is two
 # Markdown around words; in "2**3", "a^*b^*" and "3 * 4 * 5" the stars mean something.
 _EMPHASIS = re.compile(r"(?<![\w*^\\)])(\*{1,3})(?=[^\s*])([^\n]{0,300}?[^\s*])\1(?![\w*])")
-# A number that goes on is an expression; in "12 - that is, a dozen" it does not.
-_GOES_ON = re.compile(r"\s*(?:\*\*|[-+*^=])\s*(?:[\d\\({.$-]|[A-Za-z](?![A-Za-z]| [A-Za-z]{2}))")
 # "The answer is correct" judges an answer and states none.
-_SAID = re.compile(r"answer\s*(?:is|:)(?!\s*(?:in)?correct\b|\s*(?:right|wrong|not)\b)\s*", re.IGNORECASE)
+_SAID = re.compile(
+    r"answer\s*(?:is\s*:|is(?!\s*:)|:)(?!\s*(?:in)?correct\b|\s*(?:right|wrong|not)\b)\s*", re.IGNORECASE
+)
 _LAYOUT = (
     (re.compile(r"\\[dt]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"(?<!\\)(?:\\(?:left|right)(?![A-Za-z])|\\[,;: ]|\$)"), " "),
@@ -101,7 +102,7 @@ def _find(text: str, *, whole_text: bool = False) -> tuple[Form | None, str | No
         if whole_text or not below.strip() or as_fraction(line) is not None:
             return ("hashes", line.strip()) if line.strip() else (None, None)
     for rest in _said(text):
-        if stated := _stated(rest) or leading_choice(rest):
+        if stated := stated_expression(rest) or leading_choice(rest):
             return "stated", stated
     if whole_text:
         return None, None
@@ -152,25 +153,17 @@ def _says(text: str, words: str, *, last_resort: bool) -> bool:
     return last_resort and as_words(text.strip().rpartition("\n")[2]) == words
 
 
-def _stated(rest: str) -> str | None:
-    """The answer at the beginning of what follows "answer is": mathematics in dollars, an expression, or a number."""
-    latex = _LATEX.match(rest)
-    if latex:
-        return (latex[1] or latex[2] or latex[3]).strip() or None
-    number = _NUMBER.search(rest)
-    if number is None and "\\" not in rest:
-        return None
-    if "\\" in rest or _GOES_ON.match(rest, number.end()):
-        return rest.rstrip(". ")
-    return number.group()
-
-
 def as_fraction(text: str) -> Fraction | None:
-    """A plain number ("1,200", "$3.50", "7/8", "12%" as 12) as an exact fraction; None for anything else."""
+    """A plain number ("1,200", "$3.50", "7/8", "1 1/2", "12%" as 12) as an exact fraction; None for anything else."""
     cleaned = text.strip().strip("$%").replace("\\$", "").replace("\\%", "").rstrip(".,")
     cleaned = cleaned.replace("\\,", "").replace("\\!", "").replace("{,}", ",")
+    if len(cleaned) > 60:
+        return None
+    if (mixed := _MIXED.fullmatch(cleaned)) and int(mixed[3]) < int(mixed[4]):
+        value = int(mixed[2].replace(",", "")) + Fraction(int(mixed[3]), int(mixed[4]))
+        return -value if mixed[1] else value
     cleaned = _LOOSE_SPACE.sub("", cleaned)
-    if not cleaned or len(cleaned) > 60 or not _PLAIN_NUMBER.fullmatch(cleaned):
+    if not _PLAIN_NUMBER.fullmatch(cleaned):
         return None
     numerator, _, denominator = cleaned.replace(",", "").partition("/")
     if denominator and int(denominator) == 0:
