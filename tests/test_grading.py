@@ -53,6 +53,29 @@ def test_extract_answer_knows_the_common_forms(text, answer):
     assert extract_answer(text) == answer
 
 
+@pytest.mark.parametrize(
+    "line,answer",
+    [
+        ("18 dollars", "18"),
+        ("18 (dollars)", "18"),
+        ("$18 a day", "18"),
+        ("Final Answer: 18", "18"),
+        ("Answer: $18", "18"),
+        ("The answer is 18", "18"),
+        ("Final Answer: 18 dollars\n\nI hope this helps 1 of you.", "18"),
+        ("She has 18 left.", "18"),
+        ("3x + 2", "3x + 2"),
+        ("3 or 5", "3 or 5"),
+        (r"\frac{1}{2}", r"\frac{1}{2}"),
+        ("Answer: five", "five"),
+        ("1. Count\nThere are 7.", "7"),
+        ("18 eggs\nThere are 7.", "7"),
+    ],
+)
+def test_words_around_the_number_behind_hashes_are_not_part_of_it(line, answer):
+    assert extract_answer(f"9 * 2 = 18\n#### {line}") == answer
+
+
 def test_last_boxed_balances_braces():
     assert last_boxed(r"\boxed{a{b}c}d}") == "a{b}c"
     assert last_boxed(r"\boxed{a{b}") is None

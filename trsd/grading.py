@@ -98,9 +98,12 @@ def _find(text: str, *, whole_text: bool = False) -> tuple[Form | None, str | No
     text = _without_emphasis(text)
     if "####" in text:
         line, _, below = text.rsplit("####", 1)[1].strip().partition("\n")
-        # Words with text below them are a Markdown heading.
-        if whole_text or not below.strip() or as_fraction(line) is not None:
-            return ("hashes", line.strip()) if line.strip() else (None, None)
+        said = next(_said(line), None)
+        # Words with text below them are a Markdown heading, unless they say that they are the answer.
+        if whole_text or not below.strip() or said or as_fraction(line) is not None:
+            line = said or line.strip()
+            stated = None if as_words(line) else stated_expression(line)
+            return ("hashes", stated or line) if line else (None, None)
     for rest in _said(text):
         if stated := stated_expression(rest) or leading_choice(rest):
             return "stated", stated
