@@ -92,6 +92,9 @@ def test_last_boxed_balances_braces():
         ("7/8", Fraction(7, 8)),
         ("-4.", -4),
         ("12%", 12),
+        (r"12\%", 12),
+        (r"$12\%$", 12),
+        (r"\$3.50", Fraction(7, 2)),
         ("1/0", None),
         ("58,500", 58500),
         ("300,", 300),
@@ -131,6 +134,14 @@ def test_as_fraction_reads_plain_numbers_exactly(text, value):
 )
 def test_grade_compares_by_value(text, gold, right):
     assert grade(text, gold) is right
+
+
+@pytest.mark.parametrize("percent", ["50%", r"50\%", r"50 \%"])
+def test_a_percentage_is_its_number_and_its_share_in_both_spellings(percent):
+    for same in ("50", "0.5", r"\frac{1}{2}", "50%"):
+        assert grade(rf"\boxed{{{percent}}}", same) and grade(rf"\boxed{{{same}}}", percent)
+    for other in ("5", "5000", "0.005", "0.5%"):
+        assert not grade(rf"\boxed{{{percent}}}", other) and not grade(rf"\boxed{{{other}}}", percent)
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def _says(text: str, words: str, *, last_resort: bool) -> bool:
 
 def as_fraction(text: str) -> Fraction | None:
     """A plain number ("1,200", "$3.50", "7/8", "1 1/2", "12%" as 12) as an exact fraction; None for anything else."""
-    cleaned = text.strip().strip("$%").replace("\\$", "").replace("\\%", "").rstrip(".,")
+    cleaned = text.replace("\\$", "$").replace("\\%", "%").strip().strip("$%").rstrip(".,")
     cleaned = cleaned.replace("\\,", "").replace("\\!", "").replace("{,}", ",")
     if len(cleaned) > 60:
         return None
@@ -196,10 +196,15 @@ def grade(text: str, gold: str, *, like: str | None = None) -> bool:
         return True
     left, right = as_fraction(answer), as_fraction(reference)
     if left is not None and right is not None:
-        return left == right
+        return left == right or _share(answer, left) == _share(reference, right)
     if max(len(answer), len(reference)) > MAX_ANSWER_LENGTH:
         return False
     return _spelling(answer) == _spelling(reference) != "" or _verify(answer, reference)
+
+
+def _share(text: str, value: Fraction) -> Fraction:
+    """The ``value`` of the number ``text``, or a hundredth of it where that is a percentage."""
+    return value / 100 if "%" in text else value
 
 
 def _spelling(text: str) -> str:
