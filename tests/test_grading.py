@@ -136,6 +136,28 @@ def test_grade_compares_by_value(text, gold, right):
     assert grade(text, gold) is right
 
 
+@pytest.mark.parametrize(
+    "answer,reference,right",
+    [
+        ("52_8", "52_8", True),
+        ("52_{8}", "52_8", True),
+        ("(52)_8", "52_{8}", True),
+        (r"1{,}011_2", "1011_{2}", True),
+        ("1A_{16}", "1A_{16}", True),
+        ("52", "52_8", True),  # asked for in base 8
+        ("52_9", "52_8", False),
+        ("4343_7", "4343_6", False),
+        ("53_8", "52_8", False),
+        ("52_{18}", "52_8", False),
+        ("53", "52_8", False),
+        ("x_1", "x_2", False),
+        ("x_{1}", "x_1", True),
+    ],
+)
+def test_numbers_in_other_bases_are_other_numbers(answer, reference, right):
+    assert grade(rf"\boxed{{{answer}}}", reference) is right and grade(f"The answer is {answer}.", reference) is right
+
+
 @pytest.mark.parametrize("percent", ["50%", r"50\%", r"50 \%"])
 def test_a_percentage_is_its_number_and_its_share_in_both_spellings(percent):
     for same in ("50", "0.5", r"\frac{1}{2}", "50%"):

@@ -39,6 +39,8 @@ _LAYOUT = (
     (re.compile(r"(?<!\\)\\!"), ""),
     (re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])"), ""),  # "3 1/2" is not "31/2", nor "\pi r" "\pir"
 )
+# "52_8" and "(1A)_{16}"; an index to a letter alone is no base.
+_BASED = re.compile(r"\(?([\dA-Z]*\d[\dA-Z]*)\)?_(?:(\d)|\{(\d+)\})")
 _DOLLAR = re.compile(r"(?<!\\)\$")
 _BRACES = re.compile(r"\\boxed\{|\\[{}]|[{}]")
 
@@ -199,12 +201,22 @@ def grade(text: str, gold: str, *, like: str | None = None) -> bool:
         return left == right or _share(answer, left) == _share(reference, right)
     if max(len(answer), len(reference)) > MAX_ANSWER_LENGTH:
         return False
-    return _spelling(answer) == _spelling(reference) != "" or _verify(answer, reference)
+    left, right = _spelling(answer), _spelling(reference)
+    if left == right != "":
+        return True
+    bases = _in_base(left), _in_base(right)
+    return bases[0] == bases[1] if all(bases) else _verify(answer, reference)
 
 
 def _share(text: str, value: Fraction) -> Fraction:
     """The ``value`` of the number ``text``, or a hundredth of it where that is a percentage."""
     return value / 100 if "%" in text else value
+
+
+def _in_base(spelling: str) -> tuple[str, int] | None:
+    """Digits and base of a number that names its base, of which math-verify compares the digits alone."""
+    found = _BASED.fullmatch(spelling.replace("{,}", "").replace(",", ""))
+    return (found[1].lstrip("0"), int(found[2] or found[3])) if found else None
 
 
 def _spelling(text: str) -> str:
