@@ -107,6 +107,74 @@ def test_a_part_of_an_expression_is_not_the_answer(stated, part):
     assert not grade(f"The answer is {stated}", part)
 
 
+@pytest.mark.parametrize(
+    "answer,reference",
+    [
+        (r"\frac{1}{2}.", r"\frac{1}{2}"),
+        ("(2,4).", "(2,4)"),
+        (r"\left\{1,2\right\}.", r"\{1,2\}"),
+        (r"\mathbf{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\bf 42", "42"),
+        (r"{\bf 42}", "42"),
+        ("18 dollars", "18"),
+        ("18 dollars.", "18"),
+        ("$18 a day", "18"),
+        ("18 miles per hour", "18"),
+        ("1,200 eggs", "1200"),
+        ("-5 degrees", "-5"),
+        (r"\text{18 dollars}", "18"),
+        (r"18\text{ dollars}", "18"),
+        (r"42~\text{cm}", "42"),
+        (r"20\ \mathrm{km/h}", "20"),
+        ("€18", "18"),
+        ("£18", "18"),
+        ("18¢", "18"),
+        (r"18\text{¢}", "18"),
+        ("90°", r"90^\circ"),
+        ("90°", "90"),
+        ("1 1/2", "3/2"),
+        ("1 1/2", r"\frac{3}{2}"),
+        (r"-2 \le x \le 7", r"x \in [-2,7]"),
+        (r"-2 \le x \le 7", "[-2,7]"),
+        (r"x > 5", r"(5,\infty)"),
+    ],
+)
+def test_looks_and_units_of_a_boxed_answer_do_not_count(answer, reference):
+    assert grade(rf"So \boxed{{{answer}}}.", reference)
+
+
+@pytest.mark.parametrize(
+    "answer,reference",
+    [
+        ("18 million", "18"),
+        ("18 dozen", "18"),
+        ("2 thirds", "2"),
+        ("2 fifths", "2"),
+        ("18 squared", "18"),
+        ("18 or 20", "18"),
+        ("18 or more", "18"),
+        ("18 pi", "18"),
+        ("2 sin x", "2"),
+        ("18 x", "18"),
+        ("19 dollars", "18"),
+        ("1 1/2", "1"),
+        ("1 1/2", "11/2"),
+        ("1 1/2", r"\frac{1}{2}"),
+        (r"-2 < x < 7", r"x \in [-2,7]"),
+        (r"-2 \le x < 7", r"x \in [-2,7]"),
+        (r"-2 \le x \le 7", "(-2,7)"),
+        (r"x \ge 5", r"(5,\infty)"),
+        ("x < 5", r"(5,\infty)"),
+        ("x > 5", "5"),
+        (r"-2 \le y \le 7", r"x \in [-2,7]"),
+        ("3xy", "3"),
+        ("3 xy", "3"),
+    ],
+)
+def test_words_and_signs_that_make_another_answer_count(answer, reference):
+    assert not grade(rf"So \boxed{{{answer}}}.", reference)
+
+
 @pytest.mark.parametrize("loop", ["3 eggs * ", "(", "{", "$3$, ", "3, ", "3 and ", r"\(", "= ", "a ", r"\begin{a}"])
 def test_a_line_without_end_takes_no_time(loop):
     start = time.process_time()

@@ -2,7 +2,7 @@ r"""Finding the mathematics at the beginning of a line, or in it where it begins
 
 ``$18 per day`` states 18, ``9 × 2 = 18 dollars`` 18, ``(3, 4) and no other`` the pair, ``3x + 2`` itself. What runs on
 behind a number (``3x``, ``5!``, ``10:30``, ``3, 5 and 7``) belongs to it, so that no part of an expression is taken
-for the whole.
+for the whole. Of an answer that stands alone, what only changes its looks, or names its unit, is taken away.
 """
 
 import re
@@ -41,6 +41,21 @@ _EQUALS = re.compile(r"(?<![<>!=\\])=(?!=)")
 _COMMAND = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+|(?<=[\d)])\s*[xX]\s*(?=[\d($])")
 _NAME = re.compile(r"\s*[A-Za-z]\s*")
 _PLAIN = re.compile(r"(?:\\?\$|[€£])?\s*(-?\s*[\d.,][\d.,/\s]*)(?:\$|[€£¢])?")
+_TIDY = (
+    (re.compile(r"(?<![.\\])(?<!\\left)(?<!\\right)\s*\.\s*$"), ""),  # a full stop, but neither "..." nor "\\right."
+    (re.compile(r"\\(?:mathbf|boldsymbol|bm|bf|displaystyle|textstyle)(?![A-Za-z])\s*|[€£¥¢]|\\(?:pounds|euro)\b"), ""),
+    (re.compile(r"\^?°"), r"^\\circ "),
+    (re.compile(r"(?<!\\)~"), " "),
+)
+_TEXT = re.compile(r"\\(?:text(?:bf|rm|it)?|mathrm|mbox)\s*\{([^{}]*)\}|\\[ ,;:]")
+_UNIT = re.compile(r"(?<=\s)(?:an?\s+)?(?![abcxyz]+\b)[A-Za-z]{3,}(?:[ /][A-Za-z]+){0,3}\s*|\s*km/h\s*")
+# Words that make another number of the one before them.
+_SCALE = re.compile(
+    r"\b(?:(?:hundred|thousand|(?:m|b|tr)illion)s?|dozens?|hal(?:f|ves)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten"
+    r"|hundred|thousand|million)ths?|squared|cubed|factorial|and|or|plus|minus|times|over|divided|mod|modulo|choose|percent"
+    r"|to|sin|cos|tan|log|sqrt|exp)\b",
+    re.IGNORECASE,
+)
 _CHOICE = re.compile(r"(?:\([A-Ja-j]\)|[A-J][.:)]?(?=\s))\s*\(?(?=[-\d\\$.])")
 
 
@@ -121,3 +136,18 @@ def _right_side(text: str) -> str:
     calculated = left and _is_arithmetic("".join(left))
     named = len(left) == 1 and _NAME.fullmatch(left[0]) and _PLAIN.fullmatch(right.strip())
     return right.strip() if right.strip() and (calculated or named) else text
+
+
+def tidied(text: str) -> str:
+    """``text`` without what changes its looks alone: a full stop, bold letters, signs of currencies."""
+    for pattern, instead in _TIDY:
+        text = pattern.sub(instead, text)
+    return text.strip()
+
+
+def without_unit(text: str) -> str:
+    """The number of ``text`` where only words that name what is counted follow: "18 eggs a day", not "18 million"."""
+    plain = _TEXT.sub(lambda words: words[1] or " ", text).strip()
+    number = _PLAIN.match(plain)
+    unit = plain[number.end() :] if number else ""
+    return number[1].strip() if number and _UNIT.fullmatch(plain, number.end()) and not _SCALE.search(unit) else text

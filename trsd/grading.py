@@ -1,9 +1,9 @@
 """Finding the final answer in a text and comparing it with the reference.
 
 Forms, in this order: the last ``\\boxed{}``, the text behind the last ``####``, behind the last "answer is" or
-"Answer:", and the last number. Numbers compare as exact fractions, choices by their letter (``choices.py``), words
-without their case (``word_answers.py``), other mathematics through math-verify, in a process of its own and within
-limits (``math_checker.py``).
+"Answer:" (``expressions.py``), and the last number. Numbers compare as exact fractions, choices by their letter
+(``choices.py``), words without their case (``word_answers.py``), other mathematics through math-verify, in a process of
+its own and within limits (``math_checker.py``).
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ from typing import Literal
 
 from trsd.choices import leading_choice, named_choice, reference_choice
 from trsd.errors import InputError
-from trsd.expressions import stated_expression
+from trsd.expressions import stated_expression, tidied, without_unit
 from trsd.math_checker import shared_checker
 from trsd.word_answers import as_words, begins_with
 
@@ -26,6 +26,7 @@ _WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)"  # commas only where they part th
 _NUMBER = re.compile(rf"(?:(?<![\d)\w])-)?(?:{_WHOLE}(?:\.\d+)?|\.\d+)(?:\s*/\s*{_WHOLE})?")
 _PLAIN_NUMBER = re.compile(rf"-?(?:{_WHOLE}(?:\.\d*)?|\.\d+)(?:/{_WHOLE})?")
 _MIXED = re.compile(rf"(-?)\s*({_WHOLE})\s+(\d+)\s*/\s*(\d+)")
+_MIXED_PLAIN = re.compile(r"(?<![\d.,_^])(\d+) +(\d+)/(\d+)(?![\d/])")
 _LOOSE_SPACE = re.compile(r"(?<![,\d]) | (?!\d)|(?<!,) (?=\d{3}(?!\d))")  # "1 200" and "1 / 2", but "3 5" is two
 # Markdown around words; in "2**3", "a^*b^*" and "3 * 4 * 5" the stars mean something.
 _EMPHASIS = re.compile(r"(?<![\w*^\\)])(\*{1,3})(?=[^\s*])([^\n]{0,300}?[^\s*])\1(?![\w*])")
@@ -196,7 +197,10 @@ def grade(text: str, gold: str, *, like: str | None = None) -> bool:
         return False
     if answer == reference:
         return True
+    answer, reference = tidied(answer), tidied(reference)
     left, right = as_fraction(answer), as_fraction(reference)
+    if left is None and right is not None:
+        left = as_fraction(without_unit(answer))
     if left is not None and right is not None:
         return left == right or _share(answer, left) == _share(reference, right)
     if max(len(answer), len(reference)) > MAX_ANSWER_LENGTH:
@@ -257,5 +261,5 @@ def _verify(answer: str, reference: str) -> bool:
 
 
 def _one_expression(text: str) -> str:
-    """``text`` as the inside of one pair of dollars: on one line, without dollars of its own."""
-    return " ".join(_DOLLAR.sub("", text).split())
+    """``text`` as the inside of one pair of dollars: on one line, without dollars, and "1 1/2" as LaTeX has it."""
+    return " ".join(_MIXED_PLAIN.sub(r"\1\\frac{\2}{\3}", _DOLLAR.sub("", text)).split())

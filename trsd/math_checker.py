@@ -18,6 +18,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -39,6 +40,8 @@ CACHE_SIZE = 2**16
 """Verdicts that are remembered; samples of one question often state the same answer."""
 START_SECONDS = 120.0
 """Within which the process has to be ready; importing math-verify takes 0.5 s on an idle machine."""
+
+_COMPARES = re.compile(r"[<>≤≥]|\\(?:le|ge|lt|gt|leq|geq|leqslant|geqslant)(?![A-Za-z])")
 
 
 class MathChecker:
@@ -238,7 +241,13 @@ def _load_comparison() -> Callable[[str, str], bool]:
     def compare(answer: str, reference: str) -> bool:
         # Their own time limits are alarms, which do not end what runs in C.
         parsed = [parse(f"${text}$", grammar, parsing_timeout=None) for text in (reference, answer)]
-        return bool(verify(*parsed, timeout_seconds=None))
+        if verify(*parsed, timeout_seconds=None):
+            return True
+        # "-2 <= x <= 7" is "x in [-2, 7]", and "[-2, 7]" for short, but of no other variable.
+        names = [set().union(*(getattr(form, "free_symbols", ()) for form in forms)) for forms in parsed]
+        if not _COMPARES.search(answer + reference) or (all(names) and names[0] != names[1]):
+            return False
+        return bool(verify(*parsed, allow_set_relation_comp=True, timeout_seconds=None))
 
     return compare
 
