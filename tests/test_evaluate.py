@@ -1,7 +1,6 @@
 import itertools
 import json
 
-import numpy as np
 import pytest
 from conftest import make_tiny_model, refusal
 from scripted import Scripted, engine_of
@@ -12,7 +11,7 @@ from trsd.errors import InputError
 from trsd.evaluate import main
 from trsd.evaluation import evaluate, graded_questions
 from trsd.evaluation_table import table
-from trsd.statistics import accuracy_figures, area_under_curve, bootstrap_interval, pass_at_k
+from trsd.statistics import accuracy_figures, area_under_curve, pass_at_k
 
 
 def questions(*golds):
@@ -169,14 +168,6 @@ def test_area_is_the_mean_accuracy_over_the_budget_range():
     assert area_under_curve([0, 10, 20], [0.0, 0.5, 1.0]) == pytest.approx(0.5)
     assert area_under_curve([0, 10, 40], [1.0, 1.0, 0.0]) == pytest.approx((10 + 15) / 40)
     assert area_under_curve([7], [1.0]) is None
-
-
-def test_bootstrap_interval_covers_the_mean_and_shrinks():
-    small, large = ((np.arange(n) % 4 == 0).astype(float) for n in (40, 4000))
-    (low, high), (low2, high2) = bootstrap_interval(small), bootstrap_interval(large)
-    assert low < 0.25 < high and low2 < 0.25 < high2
-    assert high2 - low2 < (high - low) / 5
-    assert bootstrap_interval(small) == (low, high)
 
 
 def test_questions_without_gold_cannot_be_evaluated():

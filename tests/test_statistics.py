@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from trsd.errors import InputError
-from trsd.statistics import bootstrap_interval, paired_difference, sign_flip_p_value
+from trsd.statistics import accuracy_interval, paired_difference, sign_flip_p_value
 
 
 def mcnemar(won, lost):
@@ -36,7 +36,7 @@ def test_p_value_of_unequal_differences_counts_every_assignment_of_signs():
 def test_samples_may_differ_in_number_and_equal_shares_do_not_differ():
     found = paired_difference([[True, False, True], [True]], [[True, True, False] * 2, [False]])
     assert found["num_differing"] == 1 and found["difference"] == -0.5 and found["p_value"] == 1.0
-    assert (found["low"], found["high"]) == (-1.0, 0.0)
+    assert -1 < found["low"] < -0.5 and 0 < found["high"] < 0.5
 
 
 def test_both_directions_mirror_each_other():
@@ -56,14 +56,52 @@ def test_models_that_do_not_differ_are_called_different_once_in_twenty():
     assert 0.02 < np.mean(small) < 0.065  # exact tests of counts stay at or below their level
 
 
-def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
+@pytest.mark.parametrize("num_right,num_questions", [(0, 40), (40, 40), (1, 30), (29, 30), (12, 80), (5000, 9000)])
+def test_bounds_of_an_accuracy_are_where_what_was_seen_is_just_not_surprising(num_right, num_questions):
+    low, high = accuracy_interval([[i < num_right] for i in range(num_questions)])
+    seen = num_right / num_questions
+    for bound in (low, high):
+        if bound not in (0.0, 1.0):  # a chance of 0 or 1 is what none or all right may come from
+            assert abs(seen - bound) == pytest.approx(1.959964 * np.sqrt(bound * (1 - bound) / num_questions), rel=1e-6)
+    assert 0 <= low <= seen <= high <= 1 and (low == 0) == (num_right == 0) and (high == 1) == (seen == 1)
+
+
+@pytest.mark.parametrize("one,other,num_questions", [(0, 0, 40), (3, 9, 60), (12, 0, 12), (40, 41, 300)])
+def test_bounds_of_a_difference_are_those_of_half_a_question_more_of_each_kind(one, other, num_questions):
+    pairs = [(True, False)] * one + [(False, True)] * other + [(True, True)] * (num_questions - one - other)
+    found = paired_difference(*([[side] for side in sides] for sides in zip(*pairs, strict=True)))
+    table = np.array([one, other, num_questions - one - other, 0]) + 0.5  # Agresti and Min 2005
+    shares = table / table.sum()
+    middle = shares[1] - shares[0]
+    half = 1.959964 * np.sqrt((shares[0] + shares[1] - middle**2) / table.sum())
+    assert found["low"] == pytest.approx(max(-1, middle - half), abs=1e-6)
+    assert found["high"] == pytest.approx(min(1, middle + half), abs=1e-6)
+    assert found["low"] <= found["difference"] <= found["high"] and found["low"] < found["high"]
+
+
+@pytest.mark.parametrize("num_samples", [1, 4])
+@pytest.mark.parametrize("num_questions", [30, 100])
+@pytest.mark.parametrize("truth", [0.5, 0.95])
+def test_intervals_cover_the_truth_about_as_often_as_they_say(truth, num_questions, num_samples):
     rng = np.random.default_rng(4)
-    covered = []
-    for _ in range(300):
-        chances = rng.beta(2, 2, 100)  # questions differ in how hard they are; the mean over all of them is 1/2
-        low, high = bootstrap_interval((rng.random((100, 4)) < chances[:, None]).mean(1))
-        covered.append(low <= 0.5 <= high)
-    assert 0.91 < np.mean(covered) < 0.98
+    covered, paired = [], []
+    for _ in range(500):
+        chances = rng.beta(3 * truth, 3 * (1 - truth), num_questions)[:, None]  # questions differ in how hard they are
+        first, second = (rng.random((2, num_questions, num_samples)) < chances).tolist()
+        low, high = accuracy_interval(first)
+        covered.append(low <= truth <= high)
+        found = paired_difference(first, second)
+        paired.append(found["low"] <= 0 <= found["high"])
+    assert 0.92 < np.mean(covered) < 0.985 and np.mean(paired) > 0.92
+
+
+def test_more_samples_of_a_question_narrow_an_interval_as_far_as_they_differ():
+    once = [[i < 20] for i in range(40)]
+    assert accuracy_interval([row * 4 for row in once]) == accuracy_interval(once)  # four times the same is no more
+    apart = [[j < 2 for j in range(4)] for _ in range(40)]  # every question half right: as good as 160 questions
+    assert accuracy_interval(apart) == pytest.approx(accuracy_interval([[i < 80] for i in range(160)]))
+    assert np.ptp(accuracy_interval(apart)) < 0.55 * np.ptp(accuracy_interval(once))
+    assert accuracy_interval([[True] * 4] * 40) == accuracy_interval([[True]] * 40)  # nothing says that they differ
 
 
 def test_a_paired_interval_is_narrower_than_the_difference_of_two():
@@ -71,7 +109,7 @@ def test_a_paired_interval_is_narrower_than_the_difference_of_two():
     hard = rng.random(300)
     one, other = ([[bool(x)] for x in hard < level] for level in (0.50, 0.55))
     found = paired_difference(one, other)
-    alone = [np.ptp(bootstrap_interval(np.array(side, dtype=float)[:, 0])) for side in (one, other)]
+    alone = [np.ptp(accuracy_interval(side)) for side in (one, other)]
     assert found["high"] - found["low"] < 0.6 * np.hypot(*alone)
 
 

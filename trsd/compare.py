@@ -2,7 +2,7 @@
 
 A and B are evaluation.json files of ``trsd.evaluate`` or folders that hold one; of a training run, RUN/eval/before.json
 and RUN/eval/after.json, and RUN alone stands for the latter. For unconstrained thinking and every common budget the
-table shows both accuracies, how much more accurate B is, that difference's 95 % bootstrap interval over questions and
+table shows both accuracies, how much more accurate B is, that difference's 95 % interval over questions and
 the p-value of a paired sign-flip test (``statistics.py``). Questions are paired by their ids, since hard and easy
 questions are so to both models: the difference is known better than either accuracy. Mean tokens are known over all
 questions of an evaluation alone, so there are none where some are left out. With an output folder the same as a page

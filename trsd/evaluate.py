@@ -1,7 +1,7 @@
 """Accuracy against thinking budget: ``python -m trsd.evaluate --model MODEL --data QUESTIONS --budgets 0,64,50%``.
 
 Every question is thought about once, freely; at each budget the thinking is cut there, closed with the closer and
-answered (``decoding.py``). Reported per budget: accuracy with a bootstrap interval over questions, pass@k
+answered (``decoding.py``). Reported per budget: accuracy with an interval over questions, pass@k
 (``statistics.py``), how often the close was forced, how often no answer or none in a known form was found, how often
 the answer ended by itself, and tokens used; and which samples were right, for ``python -m trsd.compare``.
 

@@ -7,13 +7,15 @@ for the whole. Of an answer that stands alone, what only changes its looks, or n
 
 import re
 
+from trsd.plain_math import as_latex
+
 _DELIMITED = re.compile(
     # A dollar before a space, or a closing one before a digit, is money: "$18 and $3".
     r"\$\$((?:\\.|[^$\\])+)\$\$|\$(?=\S)((?:\\.|[^$\\])+)(?<=\S)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]"
 )
 _JOINED = re.compile(r"\s*(?:,\s*)?(?:(?:and|or)\s+|(?<=,)\s*)(?=\$\s?[-\d\\(\[A-Za-z]|\\\()")
 _NESTED = r"\{(?:\\.|[^{}\\]|\{(?:\\.|[^{}\\]|\{(?:\\.|[^{}\\]|\{(?:\\.|[^{}\\])*\})*\})*\})*\}"
-_FUNCTIONS = r"(?:arc)?(?:sin|cos|tan)|log|ln|sqrt|pi|exp"
+_FUNCTIONS = r"(?:arc)?(?:sin|cos|tan)|log|ln|sqrt|pi|exp|inf(?:inity)?"
 _BEGINS = r"\s*(?:\\?\$)?(?:[-\d({\[\\.]|[A-Za-z](?![A-Za-z]|\s+[A-Za-z]{2}))"  # what a list goes on with
 _EXPRESSION = re.compile(
     rf"""(?:\s*(?:
@@ -21,7 +23,7 @@ _EXPRESSION = re.compile(
       | \\begin\{{(\w+)\*?\}}.*?\\end\{{\1\*?\}}              # a matrix
       | \\(?:left|right)\s*\.
       | \\[A-Za-z]+ | \\[^\w\s()\[\]] | {_NESTED}
-      | [-+*/^=_<>|)\]%$€£¢°×÷·±≤≥≠≈∞√πθ∪∩∈²³½¼¾]
+      | [-+*/^=_<>|)\]%$€£¢°×÷·⋅±≤≥≠≈∞√αβπθ∪∩∈∅¼-¾⅐-⅞²³¹⁰⁴-⁹⁺⁻ⁿ₀-₉]
       | (?<![\d%]\s)[(\[] | \((?=[^()A-Za-z]*[a-z]\b[^()A-Za-z]*\))  # "3 (x + 2)", but "18 (9 + 9)" is explained
       | (?<=[\w)}}])! | (?<=\d)\s*:\s*(?=\d)
       | ,(?:\s*(?:and|or)\b)?(?={_BEGINS}) | (?<=[\w)\]}}%])\s*\b(?:and|or)\b(?={_BEGINS})
@@ -33,7 +35,7 @@ _EXPRESSION = re.compile(
 )
 _LOOSE_END = re.compile(r"[-\s,:+*/^=_<>(\[×÷·±]+$")
 _LOOSE_BEGINNING = re.compile(r"^[,\s]*(?:(?:and|or)\b\s*)?")
-_HOLDS_MATHEMATICS = re.compile(r"\d|\\[A-Za-z]|[π∞½¼¾]")
+_HOLDS_MATHEMATICS = re.compile(r"\d|\\[A-Za-z]|[αβπθ√∞∅¼-¾⅐-⅞²³¹⁰⁴-⁹₀-₉]")
 _REASON = re.compile(r"\b(?:because|since)\b", re.IGNORECASE)
 _UNIT_AND_OPERATOR = re.compile(r"\s*[A-Za-z][A-Za-z' ]{0,40}(?=[-+*/×÷=]\s*\$?[\d.(])")
 _APPROXIMATELY = re.compile(r"≈|\\approx(?![A-Za-z])")
@@ -139,7 +141,8 @@ def _right_side(text: str) -> str:
 
 
 def tidied(text: str) -> str:
-    """``text`` without what changes its looks alone: a full stop, bold letters, signs of currencies."""
+    """``text`` as LaTeX without what changes its looks alone: a full stop, bold letters, signs of currencies."""
+    text = as_latex(text)
     for pattern, instead in _TIDY:
         text = pattern.sub(instead, text)
     return text.strip()

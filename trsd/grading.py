@@ -3,7 +3,7 @@
 Forms, in this order: the last ``\\boxed{}``, the text behind the last ``####``, behind the last "answer is" or
 "Answer:" (``expressions.py``), and the last number. Numbers compare as exact fractions, choices by their letter
 (``choices.py``), words without their case (``word_answers.py``), other mathematics through math-verify, in a process of
-its own and within limits (``math_checker.py``).
+its own and within limits (``math_checker.py``), with signs such as √ and ½ written as LaTeX (``plain_math.py``).
 """
 
 import importlib.util
@@ -38,6 +38,7 @@ _LAYOUT = (
     (re.compile(r"\\[dt]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"(?<!\\)(?:\\(?:left|right)(?![A-Za-z])|\\[,;: ]|\$)"), " "),
     (re.compile(r"(?<!\\)\\!"), ""),
+    (re.compile(r"\s+"), " "),
     (re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])"), ""),  # "3 1/2" is not "31/2", nor "\pi r" "\pir"
 )
 # "52_8" and "(1A)_{16}"; an index to a letter alone is no base.

@@ -114,7 +114,7 @@ def _curve_table(before: dict[str, Any], after: dict[str, Any]) -> str:
     return (
         f'<div class="wide"><table class="numbers"><tr><th>budget</th><th>tokens</th>{head}</tr>{rows}'
         f"<tr><td>free</td><td>{lengths}</td>{free}</tr></table></div>"
-        f"<p class='lead'>{before['num_questions']} questions; intervals are 95 %, bootstrapped over questions.</p>"
+        f"<p class='lead'>{before['num_questions']} questions; intervals are 95 %, over questions.</p>"
     )
 
 

@@ -3,17 +3,23 @@
 pass@k is the chance that at least one of k samples is right, by the unbiased estimator of Chen et al. 2021
 (arXiv 2107.03374, section 2.1): with c of a question's n samples right, 1 - C(n - c, k) / C(n, k), averaged over the
 questions. pass@1 by it is the mean over samples, so it equals the accuracy, which others call acc@n.
+
+Intervals are for questions drawn at random, of which a sample may have few, and nearly all of them right: there
+resampling and the normal approximation give intervals much too short (Bowyer et al. 2025, arXiv 2503.01747), of no
+length at all where nothing or everything is right.
 """
 
 from collections.abc import Sequence
-from math import comb, lcm
+from math import comb, lcm, sqrt
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from trsd.errors import InputError
 
-BOOTSTRAP_SAMPLES = 1000
+Z = NormalDist().inv_cdf(0.975)
+"""Standard deviations on each side of 95 % intervals."""
 MOST_SUMS = 10**7  # of signed differences that the exact test tells apart, 8 bytes each
 
 
@@ -25,14 +31,13 @@ def accuracy_figures(correct: Sequence[Sequence[bool]]) -> dict[str, Any]:
 
     Returns:
         ``accuracy`` (the mean over questions of their mean over samples: acc@n, equal to pass@1), ``low`` and ``high``
-        of its 95 % bootstrap interval, and ``pass_at``, by k as text: 1, 3 and n, n being the fewest samples that a
+        of its ``accuracy_interval``, and ``pass_at``, by k as text: 1, 3 and n, n being the fewest samples that a
         question has.
     """
-    per_question = np.array([np.mean(samples) for samples in correct])
-    low, high = bootstrap_interval(per_question)
+    low, high = accuracy_interval(correct)
     fewest = min(len(samples) for samples in correct)
     return {
-        "accuracy": float(per_question.mean()),
+        "accuracy": float(np.mean([np.mean(samples) for samples in correct])),
         "low": low,
         "high": high,
         "pass_at": {
@@ -54,12 +59,35 @@ def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
     return (ways - comb(num_samples - num_correct, k)) / ways
 
 
-def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of ``values`` [num_questions], by resampling questions (seeded)."""
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(0, len(values), (BOOTSTRAP_SAMPLES, len(values)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+def accuracy_interval(correct: Sequence[Sequence[bool]]) -> tuple[float, float]:
+    """95 % interval of the accuracy on questions like these, of which ``correct`` has one sequence each.
+
+    Wilson's score interval (1927) of as many independent answers as would give what the questions' shares of right
+    answers vary by, as surveys drawn in clusters have it: with one sample a question that is the number of questions,
+    with more it is between that and the number of samples.
+    """
+    shares = np.array([np.mean(samples) for samples in correct])
+    mean, variance = float(shares.mean()), float(shares.var())
+    count = float(len(shares))
+    if 0 < mean < 1:
+        most = sum(len(samples) for samples in correct)
+        count = most if variance == 0 else min(count * mean * (1 - mean) / variance, most)
+    middle = (mean + Z**2 / (2 * count)) / (1 + Z**2 / count)
+    half = Z * sqrt(mean * (1 - mean) / count + Z**2 / (4 * count**2)) / (1 + Z**2 / count)
+    return max(0.0, min(middle - half, mean)), min(1.0, max(middle + half, mean))
+
+
+def difference_interval(differences: np.ndarray, num_samples: int) -> tuple[float, float]:
+    """95 % interval of the mean of paired ``differences`` [num_questions] in the share of ``num_samples`` answers.
+
+    Wald's interval with two questions more, one for each side. For one sample a question it is that of Agresti and Min
+    (2005, Statistics in Medicine 24), who add half a question to each of the four ways in which two answers are right
+    or wrong.
+    """
+    added = sqrt(0.5 / num_samples)
+    values = np.array([*differences, added, -added])
+    half = Z * values.std() / sqrt(len(values))
+    return float(max(-1.0, values.mean() - half)), float(min(1.0, values.mean() + half))
 
 
 def area_under_curve(tokens: Sequence[float], accuracy: Sequence[float]) -> float | None:
@@ -77,8 +105,8 @@ def paired_difference(first: Sequence[Sequence[bool]], second: Sequence[Sequence
             many samples they have.
 
     Returns:
-        ``difference`` (the mean over questions of second minus first), ``low`` and ``high`` of its 95 % bootstrap
-        interval over questions, ``p_value`` (see ``sign_flip_p_value``) and ``num_differing``, the questions that the
+        ``difference`` (the mean over questions of second minus first), ``low`` and ``high`` of its
+        ``difference_interval``, ``p_value`` (see ``sign_flip_p_value``) and ``num_differing``, the questions that the
         two do not answer equally well.
     """
     if len(first) != len(second) or len(first) == 0:
@@ -95,7 +123,8 @@ def paired_difference(first: Sequence[Sequence[bool]], second: Sequence[Sequence
         for side in (first, second)
     ]
     differences = shares[1] - shares[0]  # [num_questions]
-    low, high = bootstrap_interval(differences / scale)
+    fewest = min(len(samples) for samples in (*first, *second))
+    low, high = difference_interval(differences / scale, fewest)
     return {
         "difference": float(differences.mean() / scale),
         "low": low,
