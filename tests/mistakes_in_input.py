@@ -328,6 +328,11 @@ SETTINGS = [
         "error: budgets: expected token counts or percents such as 64 or 50%, got …",
     ),
     Mistake(
+        "a count that no budget is a percentage of",
+        "evaluate --model tiny --data questions.jsonl --budgets 0,64 --percent_of 90",
+        "error: percent_of: budgets in percent are of it, and there are none: leave it out",
+    ),
+    Mistake(
         "more thinking than the context holds",
         f"train {TINY} --eval_data questions.jsonl",
         "error: max_thinking_tokens: … tokens of thinking and … of answer leave no room for the questions of "

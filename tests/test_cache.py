@@ -67,6 +67,17 @@ def test_a_prepared_folder_of_another_recipe_is_refused_by_field_and_untouched(r
     run("run", logging_steps=3)  # what does not change a run may differ
 
 
+def test_a_path_may_be_spelled_in_another_way_but_not_be_another_file(
+    run, words, trace_file, tmp_path, capsys, monkeypatch
+):
+    cache.main(words("run"))
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "other.jsonl"
+    shutil.copy(trace_file, other)
+    assert "data: " in refusal(capsys, lambda: run("run", data=other))
+    run("run", data=os.path.relpath(trace_file), model_name_or_path=f"{words()[1]}/.")
+
+
 @pytest.mark.parametrize(
     "flags,message",
     [

@@ -107,6 +107,7 @@ def test_layers_are_themselves_when_not_in_use_whatever_happens_inside(tiny_mode
         assert not any("forward" in layer.__dict__ for layer in own)
 
 
+@pytest.mark.slow
 def test_a_forward_that_somebody_else_put_there_is_compiled_and_put_back(tiny_model):
     layer, calls = decoder_layers(tiny_model, "torch_compile")[0], []
     inner = layer.forward
@@ -130,6 +131,7 @@ def test_hooks_of_a_layer_run_around_it(tiny_model):
     assert seen == decoder_layers(tiny_model, "torch_compile")
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_recomputed_layers_stays_around_what_is_compiled():
     model = small_model("qwen3").train()
     for parameter in model.parameters():

@@ -1,5 +1,6 @@
 import json
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -334,13 +335,19 @@ WHOLE = [
 ]
 
 
+@cache
+def tokenizer_and_texts(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = tokenizer.chat_template or "{{ messages[0].content }}"
+    return tokenizer, token_texts(tokenizer, len(tokenizer))
+
+
 @pytest.mark.parametrize("tags", [{}, dict(open_tag="<Begin_of_Draft>", close_tag="<End_of_Draft>")], ids=str)
 @pytest.mark.parametrize("folder", [REASONER, QWEN3], ids=lambda folder: folder.name)
 def test_a_trace_given_as_text_has_the_tokens_of_the_whole_text(folder, tags):
     if not folder.exists():
         pytest.skip("Qwen3's tokenizer is not beside the checkout")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = tokenizer.chat_template or "{{ messages[0].content }}"
+    tokenizer, texts = tokenizer_and_texts(folder)
     think = ThinkFormat.of(tokenizer, **tags)
     for reasoning, answer in WHOLE:
         trace = RowReader(tokenizer, think).read(dict(prompt="2+2?", reasoning=reasoning, answer=answer), where="f:1")
@@ -349,5 +356,5 @@ def test_a_trace_given_as_text_has_the_tokens_of_the_whole_text(folder, tags):
         assert ids == [*written, tokenizer.eos_token_id]
         assert think.close_tag in tokenizer.decode(trace.close_ids)
         assert (trace.reasoning, trace.answer) == (reasoning, answer)
-        parts = think.split(written, token_texts(tokenizer, len(tokenizer)))
+        parts = think.split(written, texts)
         assert parts == (trace.reasoning_ids, trace.close_ids, trace.answer_ids[:-1])

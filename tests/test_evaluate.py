@@ -257,6 +257,12 @@ def test_what_is_measured_at_budgets_needs_some(capsys, flag):
     assert "both are measured at budgets, and there are none" in refusal(capsys, lambda: main(["--budgets", "", *flag]))
 
 
+@pytest.mark.parametrize("budgets", ["", "0,64"])
+def test_a_count_that_no_budget_is_a_percentage_of_is_refused(budgets, capsys):
+    error = refusal(capsys, lambda: main(["--budgets", budgets, "--percent_of", "90"]))
+    assert "percent_of: budgets in percent are of it, and there are none" in error
+
+
 def test_a_budget_beyond_the_thinking_limit_is_refused_and_a_percent_held_to_it(tokenizer, think):
     decoder = Decoder(Scripted(tokenizer, "3 it is.\n</think>\n\nThe answer is 3.", "3"), tokenizer, think)
     with pytest.raises(InputError, match="budgets: expected at most max_thinking_tokens 50, got 51"):

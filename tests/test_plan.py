@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import yaml
 from conftest import refusal
 from transformers import GptOssConfig, Qwen3MoeConfig
 
@@ -32,8 +33,7 @@ def planned(capsys, *words):
 
 
 def make_plan(*words):
-    arguments, recipe = plan.parse(words)
-    return planner.run(arguments, recipe)
+    return planner.run(*plan.parse(words)[:2])
 
 
 @pytest.fixture
@@ -45,6 +45,12 @@ def nothing_compiled(monkeypatch):
         return [change for change in all_of_them(*args, **kwargs) if "torch_compile" not in change]
 
     monkeypatch.setattr(planner, "alternatives", without)
+
+
+def test_a_dry_run_shows_the_recipe_and_plans_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(planner, "run", lambda *_: pytest.fail("it planned"))
+    text = planned(capsys, *SMALL, "--gpu", "H200", "--dry_run", "True", "--seed", "7")
+    assert yaml.safe_load(text)["seed"] == 7
 
 
 def test_a_plan_says_memory_time_disk_and_what_fits(capsys):

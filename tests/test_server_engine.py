@@ -156,13 +156,13 @@ def test_a_reply_that_never_ends_is_cut_off_and_asked_for_again(engine_of, fault
         ("garbage", "a reply that is no JSON"),
         ("nonsense", "a reply that is no completion"),
         ("bad ids", "a reply whose token_ids are not 1 to 8 ids below 640"),
-        ("silence", "no whole reply within 0.1 s"),
-        ("trickle", "no whole reply within 0.1 s"),
+        ("silence", "no whole reply within 0.4 s"),
+        ("trickle", "no whole reply within 0.4 s"),
         ("hang up", "RemoteProtocolError"),
     ],
 )
 def test_a_lasting_fault_ends_the_work_in_bounded_time_with_the_servers_words(engine_of, fault, words):
-    patience = Patience(request_seconds=0.1, check_seconds=1, max_retries=2, backoff_seconds=0.01)
+    patience = Patience(request_seconds=0.4, check_seconds=1, max_retries=2, backoff_seconds=0.01)
     with FakeServer(fault=lambda number: fault) as server:
         engine = engine_of(server, patience=patience, concurrency=2)
         began = time.monotonic()
@@ -208,7 +208,7 @@ def test_an_endpoint_that_recovers_is_used_again(engine_of):
 
 
 def test_an_endpoint_that_fell_silent_costs_one_request_at_a_time(engine_of):
-    patience = Patience(request_seconds=0.15, check_seconds=1, max_retries=3, backoff_seconds=0.01)
+    patience = Patience(request_seconds=0.5, check_seconds=1, max_retries=3, backoff_seconds=0.01)
     silent = FakeServer(fault=lambda number: "silence" if number else None)  # the first is the comparison at the start
     with FakeServer(delay=0.005) as fine, silent:
         engine, began = engine_of(fine, silent, patience=patience, concurrency=8), time.monotonic()

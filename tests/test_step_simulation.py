@@ -113,7 +113,7 @@ def measured(recipe):
         dict(max_tokens_per_batch=256, max_length=256),
         dict(loss_chunk_bytes=2**18),
         dict(divergence="jsd"),
-        dict(torch_compile=True),
+        pytest.param(dict(torch_compile=True), marks=pytest.mark.slow, id="compiled"),
         pytest.param(
             dict(method="lsp", torch_compile=True, gradient_checkpointing=True), marks=pytest.mark.slow, id="recomputed"
         ),

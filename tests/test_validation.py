@@ -62,7 +62,7 @@ def test_what_is_held_out_changes_the_validation_loss_and_no_training_loss(run, 
     assert all(validation_losses(one)[step] != validation_losses(other)[step] for step in (2, 4, 6))
 
 
-@pytest.mark.parametrize("flags", [{}, dict(bf16=True), dict(teacher="online", gradient_checkpointing=True)])
+@pytest.mark.parametrize("flags", [{}, dict(bf16=True, teacher="online", gradient_checkpointing=True)])
 def test_measuring_changes_no_bit_of_training(run, flags):
     often, seldom = run("often", **FLAGS | flags | dict(save_steps=1)), run("seldom", **flags, validation_samples=3)
     assert losses(often) == losses(seldom)

@@ -297,20 +297,27 @@ def graded_questions(loaded: Loaded) -> list[Question]:
     return questions
 
 
-def run(args: EvaluateArguments) -> None:
-    """Load, evaluate, print and store."""
-    if args.output_dir:
-        check_free_of_evaluations(args.output_dir)
-    args = as_trained(args)
-    reader = open_reader(args)
+def _check(args: EvaluateArguments) -> None:
+    """Raise InputError for what cannot be measured as it is asked for."""
     if args.percent_of is not None and not 0 < args.percent_of < float("inf"):
         raise InputError(f"percent_of: expected a positive number of tokens, got {args.percent_of}")
+    if args.percent_of is not None and not any(str(budget).endswith("%") for budget in args.budgets):
+        raise InputError("percent_of: budgets in percent are of it, and there are none: leave it out")
     if args.exit_confidence is not None and not 0 <= args.exit_confidence <= 1:
         raise InputError(f"exit_confidence: expected 0 to 1, got {args.exit_confidence}")
     if not args.budgets and (args.direct_baseline or args.exit_confidence is not None):
         raise InputError("direct_baseline, exit_confidence: both are measured at budgets, and there are none")
     if found := budget_problems(args.budgets, args.max_thinking_tokens):
         raise InputError(f"budgets: {found[0]}")
+
+
+def run(args: EvaluateArguments) -> None:
+    """Load, evaluate, print and store."""
+    if args.output_dir:
+        check_free_of_evaluations(args.output_dir)
+    args = as_trained(args)
+    _check(args)
+    reader = open_reader(args)
     loaded = load_data(
         args.data, tokenizer=reader.tokenizer, think=reader.think, max_rows=args.max_samples, asking=True
     )

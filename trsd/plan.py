@@ -18,7 +18,7 @@ from trsd.flags import parse_flags
 from trsd.model_shapes import SHAPES
 from trsd.planned_lengths import CLOSER, shared_lengths
 from trsd.recipe import Recipe
-from trsd.recipe_file import fail, parse_recipe
+from trsd.recipe_file import fail, parse_recipe, recipe_as_yaml
 from trsd.terminal import at_a_terminal
 
 TEACHER_KINDS = get_args(get_type_hints(Recipe)["teacher"])
@@ -71,8 +71,8 @@ class PlanArguments:
         return prompt, self.reasoning_tokens or max(len(CLOSER), max_length - prompt - answer), answer
 
 
-def parse(argv: Sequence[str] | None) -> tuple[PlanArguments, Recipe]:
-    """The plan's own flags, and a recipe from the rest."""
+def parse(argv: Sequence[str] | None) -> tuple[PlanArguments, Recipe, bool]:
+    """The plan's own flags, a recipe from the rest, and whether it is only to be shown."""
     words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     names = [f"--{entry.name}" for entry in fields(PlanArguments)]
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -92,8 +92,8 @@ def parse(argv: Sequence[str] | None) -> tuple[PlanArguments, Recipe]:
     rest += ["--model_name_or_path", own.model] if own.model else []
     for value in own.teacher:
         rest += ["--teacher" if value in TEACHER_KINDS else "--teacher_model_name_or_path", value]
-    recipe, _, _ = parse_recipe(rest, prog="python -m trsd.plan")
-    return arguments, recipe
+    recipe, _, dry_run = parse_recipe(rest, prog="python -m trsd.plan")
+    return arguments, recipe, dry_run
 
 
 def _underscored(word: str) -> str:
@@ -105,7 +105,10 @@ def _underscored(word: str) -> str:
 @at_a_terminal()
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: exit code 2 for what cannot be planned."""
-    arguments, recipe = parse(argv)
+    arguments, recipe, dry_run = parse(argv)
+    if dry_run:
+        print(recipe_as_yaml(recipe), end="")
+        return
     import_quietly()  # here, not at the top: --help and a wrong flag need not wait for torch and transformers
     from trsd.plan_report import report
     from trsd.planner import run

@@ -178,7 +178,18 @@ def _changed(recipe: Recipe, folder: Path, free: set[str] = FREE_TO_CHANGE) -> s
     stored |= yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
     now = yaml.safe_load(recipe_as_yaml(recipe))
     names = [entry.name for entry in fields(Recipe) if entry.name not in free]
-    return "; ".join(f"{name}: {stored.get(name)} -> {now[name]}" for name in names if stored.get(name) != now[name])
+    changed = [name for name in names if not _same(stored.get(name), now[name])]
+    return "; ".join(f"{name}: {stored.get(name)} -> {now[name]}" for name in changed)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values of a recipe are equal, or are paths of one file or folder, however spelled."""
+    if one == other or not (isinstance(one, str) and isinstance(other, str)):
+        return one == other
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):  # not both are paths
+        return False
 
 
 def environment() -> dict[str, Any]:
