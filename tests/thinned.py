@@ -4,7 +4,7 @@ import random
 from collections import defaultdict
 from fractions import Fraction
 
-PART = Fraction(1, 3)
+PART = Fraction(1, 4)
 
 
 def left_out(items):
