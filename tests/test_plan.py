@@ -87,13 +87,13 @@ def test_a_change_that_cannot_be_planned_is_told_with_its_reason(capsys, monkeyp
 
 
 def test_teacher_is_a_model_or_where_targets_come_from():
-    _, recipe = plan.parse([*SMALL, "--method", "lsp", "--teacher", "Qwen3-8B", "--teacher", "online"])
+    _, recipe, _ = plan.parse([*SMALL, "--method", "lsp", "--teacher", "Qwen3-8B", "--teacher", "online"])
     assert (recipe.teacher_model_name_or_path, recipe.teacher) == ("Qwen3-8B", "online")
     assert recipe.model_name_or_path == "bundled:reasoner" and recipe.keep_fraction == 0.5
 
 
 def test_a_shipped_recipe_can_be_planned():
-    arguments, recipe = plan.parse(["--config", "lsp-qwen3-8b-4b", "--gpus", "2"])
+    arguments, recipe, _ = plan.parse(["--config", "lsp-qwen3-8b-4b", "--gpus", "2"])
     assert recipe.teacher_model_name_or_path == "Qwen/Qwen3-8B" and arguments.gpus == 2
 
 
@@ -159,7 +159,7 @@ def test_a_device_without_known_memory_fits_nothing_and_refuses_nothing(nothing_
 
 
 def test_names_and_flags_are_taken_as_people_spell_them(capsys):
-    arguments, recipe = plan.parse(["--model", "qwen/qwen3-4b", "--gpu-memory=24", "--max-length", "1024"])
+    arguments, recipe, _ = plan.parse(["--model", "qwen/qwen3-4b", "--gpu-memory=24", "--max-length", "1024"])
     assert arguments.gpu_memory == 24 and recipe.max_length == 1024
     assert config_of(recipe.model_name_or_path).hidden_size == 2560
     assert "did you mean Qwen3-" in refusal(capsys, lambda: plan.main(["--model", "Qwen3-7B"]))
@@ -204,6 +204,6 @@ def test_an_epoch_is_as_many_steps_as_its_traces_need(capsys, nothing_compiled):
 
 
 def test_where_only_text_can_decide_the_whole_is_kept():
-    _, recipe = plan.parse([*SMALL, "--method", "sft", "--truncation", "first_derivation"])
+    _, recipe, _ = plan.parse([*SMALL, "--method", "sft", "--truncation", "first_derivation"])
     example = planned_method(recipe, planned_traces(1, (10, 40, 20))).teacher_example(0)
     assert len(example.input_ids) == 69  # all but the last, which is a label only

@@ -135,7 +135,7 @@ def evaluation(accuracy, thinking):
 
 def test_the_table_sets_before_beside_after():
     lines = comparison(evaluation(0.25, 90.4), evaluation(0.75, 80.0)).splitlines()
-    assert lines[2].startswith("| 50% | 45 | 106 → 96 | 0.25 [0.20, 0.30] | 0.75 [0.70, 0.80] | +0.50 [+0.4")
+    assert lines[2].startswith("| 50% | 45 | 106 → 96 | 0.25 [0.20, 0.30] | 0.75 [0.70, 0.80] | +0.50 [+0.39, +0.59] |")
     assert float(lines[2].split("|")[-2]) < 1e-3
     assert lines[4].startswith("| free | 90 → 80 | 106 → 96 | 0.25 [0.20, 0.30] | 0.75 [0.70, 0.80] | +0.50 ")
     assert lines[-1].startswith("Area under the curve 0.250 → 0.750")

@@ -16,7 +16,7 @@ from typing import Literal
 
 from trsd.choices import leading_choice, named_choice, reference_choice
 from trsd.errors import InputError
-from trsd.expressions import stated_expression, tidied, without_unit
+from trsd.expressions import PRODUCT, stated_expression, tidied, without_unit
 from trsd.math_checker import shared_checker
 from trsd.word_answers import as_words, begins_with
 
@@ -32,8 +32,11 @@ _LOOSE_SPACE = re.compile(r"(?<![,\d]) | (?!\d)|(?<!,) (?=\d{3}(?!\d))")  # "1 2
 _EMPHASIS = re.compile(r"(?<![\w*^\\)])(\*{1,3})(?=[^\s*])([^\n]{0,300}?[^\s*])\1(?![\w*])")
 # "The answer is correct" judges an answer and states none.
 _SAID = re.compile(
-    r"answer\s*(?:is\s*:|is(?!\s*:)|:)(?!\s*(?:in)?correct\b|\s*(?:right|wrong|not)\b)\s*", re.IGNORECASE
+    r"answer\s*(?:is\s*:|is(?!\s*:)|:|(?=\n\s*(?:\$\$|\\\[)))(?!\s*(?:in)?correct\b|\s*(?:right|wrong|not)\b)\s*",
+    re.IGNORECASE,
 )
+_DISPLAYED = re.compile(r"\s*(?:\$\$(.+?)\$\$|\\\[(.+?)\\\])", re.DOTALL)  # on lines of its own
+_NEGATIVE_DASH = re.compile(r"(?<![\w)]) ?\N{EN DASH}(?=\s?[\d$])")
 _LAYOUT = (
     (re.compile(r"\\[dt]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"(?<!\\)(?:\\(?:left|right)(?![A-Za-z])|\\[,;: ]|\$)"), " "),
@@ -95,16 +98,18 @@ def has_format(text: str) -> bool:
 
 def _find(text: str, *, whole_text: bool = False) -> tuple[Form | None, str | None]:
     """The form in which ``text`` states its answer, and the answer; ``whole_text`` leaves out the last resorts."""
-    text = text.replace("\N{MINUS SIGN}", "-")
+    text = _NEGATIVE_DASH.sub("-", text.replace("\N{MINUS SIGN}", "-"))
     boxed = last_boxed(text)
     if boxed:
         return "boxed", boxed
     text = _without_emphasis(text)
     if "####" in text:
         line, _, below = text.rsplit("####", 1)[1].strip().partition("\n")
+        line = line[:MAX_ANSWER_LENGTH]
         said = next(_said(line), None)
-        # Words with text below them are a Markdown heading, unless they say that they are the answer.
-        if whole_text or not below.strip() or said or as_fraction(line) is not None:
+        # Words with text below them are a Markdown heading, unless they alone say what the answer is.
+        alone = said and stated_expression(said) and next(_said(below), None) is None
+        if whole_text or not below.strip() or alone or as_fraction(line) is not None:
             line = said or line.strip()
             stated = None if as_words(line) else stated_expression(line)
             return ("hashes", stated or line) if line else (None, None)
@@ -131,7 +136,9 @@ def _said(text: str) -> Iterator[str]:
     """What follows each "answer is" on its line, the last one first."""
     end = len(text)
     for said in reversed(list(_SAID.finditer(text))):
-        yield text[said.end() : min(end, said.end() + MAX_ANSWER_LENGTH)].split("\n")[0].strip()
+        rest = text[said.end() : min(end, said.end() + MAX_ANSWER_LENGTH)]
+        displayed = _DISPLAYED.match(rest)
+        yield " ".join(displayed[0].split()) if displayed else rest.split("\n")[0].strip()
         end = said.start()
 
 
@@ -196,15 +203,23 @@ def grade(text: str, gold: str, *, like: str | None = None) -> bool:
     answer = extract_answer(text, last_number=last_resort)
     if answer is None:
         return False
+    exclaimed = answer.endswith("!") and answer_form(text) == "stated"  # a factorial, or a glad sentence's end
+    return _equal(answer, reference) or (exclaimed and _equal(answer[:-1], reference))
+
+
+def _equal(answer: str, reference: str) -> bool:
+    """Whether two answers are the same number, the same expression, or equal ones."""
     if answer == reference:
         return True
+    if max(len(answer), len(reference)) > MAX_ANSWER_LENGTH:
+        return False
     answer, reference = tidied(answer), tidied(reference)
     left, right = as_fraction(answer), as_fraction(reference)
     if left is None and right is not None:
         left = as_fraction(without_unit(answer))
     if left is not None and right is not None:
         return left == right or _share(answer, left) == _share(reference, right)
-    if max(len(answer), len(reference)) > MAX_ANSWER_LENGTH:
+    if right is not None and PRODUCT.fullmatch(answer):
         return False
     left, right = _spelling(answer), _spelling(reference)
     if left == right != "":

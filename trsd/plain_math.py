@@ -29,24 +29,28 @@ _SIGNS = {
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _RUNS = ((re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+"), "^", _RAISED), (re.compile("[₀₁₂₃₄₅₆₇₈₉]+"), "_", _LOWERED))
-_ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))")
-_FRACTION = re.compile(r"(\d?)\s*([¼-¾⅐-⅞])")  # one sign for a half, a third ...
+_ROOT = re.compile(r"(?:√|(?<![A-Za-z\\])sqrt) ?(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])))")
+_FRACTION = re.compile(r"(?:(?<=\d) ?)?[¼-¾⅐-⅞]")  # one sign for a half, a third ...
 _NAMED = re.compile(r"(?<![A-Za-z\\{])(pi|infinity|inf)(?![A-Za-z}])")
 _NAMES = {"pi": r"\pi ", "infinity": r"\infty ", "inf": r"\infty "}
 
 
 def as_latex(text: str) -> str:
     r"""``text`` with each sign of plain mathematics as LaTeX has it; ``3½`` is ``3 1/2``."""
+    text = _ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text)
     if not text.isascii():
         text = _FRACTION.sub(_written_out, text)
         for run, sign, table in _RUNS:
             text = run.sub(lambda found, sign=sign, table=table: f"{sign}{{{found[0].translate(table)}}}", text)
-        text = _ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text)
         for sign, latex in _SIGNS.items():
             text = text.replace(sign, latex)
     return _NAMED.sub(lambda found: _NAMES[found[1]], text)
 
 
 def _written_out(found: re.Match[str]) -> str:
-    digit, fraction = found.groups()
-    return f"{digit} " * bool(digit) + unicodedata.normalize("NFKC", fraction).replace("\N{FRACTION SLASH}", "/")
+    over, _, under = unicodedata.normalize("NFKC", found[0][-1]).partition("\N{FRACTION SLASH}")
+    mixed = found.start() > 0 and found.string[found.start() - 1].isdigit()
+    fraction = rf"\frac{{{over}}}{{{under}}}"
+    return (
+        f" {over}/{under}" if mixed else f"{{{fraction}}}" if found.string[: found.start()].endswith("^") else fraction
+    )

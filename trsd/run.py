@@ -183,13 +183,11 @@ def _changed(recipe: Recipe, folder: Path, free: set[str] = FREE_TO_CHANGE) -> s
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values of a recipe are equal, or are paths of one file or folder, however spelled."""
-    if one == other or not (isinstance(one, str) and isinstance(other, str)):
+    """Whether a stored value and one of now are equal, or are paths of one file; a stored relative one is of a folder
+    that is not known any more."""
+    if one == other or not (isinstance(one, str) and isinstance(other, str) and os.path.isabs(one)):
         return one == other
-    try:
-        return os.path.samefile(one, other)
-    except (OSError, ValueError):  # not both are paths
-        return False
+    return os.path.exists(other) and os.path.realpath(one) == os.path.realpath(other)
 
 
 def environment() -> dict[str, Any]:

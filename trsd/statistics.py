@@ -62,29 +62,26 @@ def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
 def accuracy_interval(correct: Sequence[Sequence[bool]]) -> tuple[float, float]:
     """95 % interval of the accuracy on questions like these, of which ``correct`` has one sequence each.
 
-    Wilson's score interval (1927) of as many independent answers as would give what the questions' shares of right
-    answers vary by, as surveys drawn in clusters have it: with one sample a question that is the number of questions,
-    with more it is between that and the number of samples.
+    Wilson's score interval (1927) of as many independent answers as would vary by as much as the questions' shares of
+    right ones do, as surveys drawn in clusters have it. What they vary by is told with two questions more, one right
+    and one wrong: few questions that agree are no proof that all do. With one sample a question it is Wilson's itself.
     """
     shares = np.array([np.mean(samples) for samples in correct])
-    mean, variance = float(shares.mean()), float(shares.var())
-    count = float(len(shares))
-    if 0 < mean < 1:
-        most = sum(len(samples) for samples in correct)
-        count = most if variance == 0 else min(count * mean * (1 - mean) / variance, most)
+    mean, more = float(shares.mean()), np.array([*shares, 0.0, 1.0])
+    count = len(shares) * float(more.mean() * (1 - more.mean()) / more.var())
     middle = (mean + Z**2 / (2 * count)) / (1 + Z**2 / count)
     half = Z * sqrt(mean * (1 - mean) / count + Z**2 / (4 * count**2)) / (1 + Z**2 / count)
     return max(0.0, min(middle - half, mean)), min(1.0, max(middle + half, mean))
 
 
-def difference_interval(differences: np.ndarray, num_samples: int) -> tuple[float, float]:
-    """95 % interval of the mean of paired ``differences`` [num_questions] in the share of ``num_samples`` answers.
+def difference_interval(differences: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean of paired ``differences`` [num_questions] of the shares of right answers.
 
     Wald's interval with two questions more, one for each side. For one sample a question it is that of Agresti and Min
     (2005, Statistics in Medicine 24), who add half a question to each of the four ways in which two answers are right
     or wrong.
     """
-    added = sqrt(0.5 / num_samples)
+    added = sqrt(0.5)
     values = np.array([*differences, added, -added])
     half = Z * values.std() / sqrt(len(values))
     return float(max(-1.0, values.mean() - half)), float(min(1.0, values.mean() + half))
@@ -123,8 +120,7 @@ def paired_difference(first: Sequence[Sequence[bool]], second: Sequence[Sequence
         for side in (first, second)
     ]
     differences = shares[1] - shares[0]  # [num_questions]
-    fewest = min(len(samples) for samples in (*first, *second))
-    low, high = difference_interval(differences / scale, fewest)
+    low, high = difference_interval(differences / scale)
     return {
         "difference": float(differences.mean() / scale),
         "low": low,
