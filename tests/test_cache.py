@@ -76,6 +76,11 @@ def test_a_path_may_be_spelled_in_another_way_but_not_be_another_file(
     shutil.copy(trace_file, other)
     assert "data: " in refusal(capsys, lambda: run("run", data=other))
     run("run", data=os.path.relpath(trace_file), model_name_or_path=f"{words()[1]}/.")
+    cache.main(words("relative", data=other.name))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.copy(trace_file, other.name)  # the stored name is of the folder where it was given
+    assert "data: " in refusal(capsys, lambda: run("relative", data=Path(other.name).absolute()))
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ DIGITS_OF_18_FACTORIAL = "6402373705728000"
         ("5 eggs * 3 = 15 eggs.", "15"),
         ("22/7 ≈ 3.14.", "22/7"),
         ("x = 5 when y = 3.", "5"),
+        ("the 5th prime, 11.", "11"),
         ("Janet sells 9 eggs and makes 9 * 2 = $18 a day.", "18"),
         ("five times that, or 5*44=220 pounds.", "220"),
         ("Number of M&M's: 300+312+150=762 M&M's", "762"),

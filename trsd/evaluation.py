@@ -301,7 +301,7 @@ def _check(args: EvaluateArguments) -> None:
     """Raise InputError for what cannot be measured as it is asked for."""
     if args.percent_of is not None and not 0 < args.percent_of < float("inf"):
         raise InputError(f"percent_of: expected a positive number of tokens, got {args.percent_of}")
-    if args.percent_of is not None and not any(str(budget).endswith("%") for budget in args.budgets):
+    if args.percent_of is not None and not any(budget.endswith("%") for budget in args.budgets):
         raise InputError("percent_of: budgets in percent are of it, and there are none: leave it out")
     if args.exit_confidence is not None and not 0 <= args.exit_confidence <= 1:
         raise InputError(f"exit_confidence: expected 0 to 1, got {args.exit_confidence}")

@@ -17,7 +17,7 @@ _DELIMITED = re.compile(
 )
 _JOINED = re.compile(r"\s*(?:,\s*)?(?:(?:and|or)\s+|(?<=,)\s*)(?=\$\s?[-\d\\(\[A-Za-z]|\\\()")
 _NESTED = r"\{(?:\\.|[^{}\\]|\{(?:\\.|[^{}\\]|\{(?:\\.|[^{}\\]|\{(?:\\.|[^{}\\])*\})*\})*\})*\}"
-_FUNCTIONS = r"(?:arc)?(?:sin|cos|tan)|log|ln|sqrt|pi|exp|inf(?:inity)?"
+_FUNCTIONS = r"(?:arc)?(?:sin|cos|tan)|log|ln|sqrt|exp"
 _SYMBOLS = r"(?:[kcm]m|ft|in|kg|mg|lbs?|oz|hrs?|min|sec|ms|mph|ml|am|pm|st|nd|rd|th)(?![a-z])"  # no product of letters
 # What a list goes on with.
 _BEGINS = rf"\s*(?:\\?\$)?(?:[-\d({{\[\\.]|(?:{_FUNCTIONS})(?![A-Za-z])|[A-Za-z](?![A-Za-z]|\s+[A-Za-z]{{2}}))"
@@ -142,7 +142,7 @@ def _before_words(line: str, whole: str) -> str:
 
 
 def _pieces(line: str) -> Iterator[str]:
-    """The expressions among the words of ``line``; where some stand in dollars or bold, those alone."""
+    """The expressions among the words of ``line``, ordinals apart."""
     place = 0
     while place < len(line):
         if line[place].isspace():

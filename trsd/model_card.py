@@ -310,7 +310,8 @@ def _evaluation(before: dict[str, Any] | None, after: dict[str, Any] | None) -> 
     area = f" Area under the curve: {' → '.join(areas)}." if areas else ""
     sampling = first["sampling"]
     drawn = "greedy" if not sampling["temperature"] else f"temperature {sampling['temperature']:g}"
-    return "\n".join(lines) + (f"\n\n{first['num_questions']} questions, {drawn}, 95 % intervals over questions.{area}")
+    lines += ["", f"{first['num_questions']} questions, {drawn}, 95 % intervals over questions.{area}"]
+    return "\n".join(lines)
 
 
 def _snippets(serving: Serving) -> list[str]:

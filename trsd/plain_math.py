@@ -49,8 +49,8 @@ def as_latex(text: str) -> str:
 
 def _written_out(found: re.Match[str]) -> str:
     over, _, under = unicodedata.normalize("NFKC", found[0][-1]).partition("\N{FRACTION SLASH}")
-    mixed = found.start() > 0 and found.string[found.start() - 1].isdigit()
+    before = found.string[: found.start()]
+    if before[-1:].isdigit():
+        return f" {over}/{under}"
     fraction = rf"\frac{{{over}}}{{{under}}}"
-    return (
-        f" {over}/{under}" if mixed else f"{{{fraction}}}" if found.string[: found.start()].endswith("^") else fraction
-    )
+    return f"{{{fraction}}}" if before.endswith("^") else fraction
