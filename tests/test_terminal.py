@@ -42,6 +42,41 @@ def test_help_may_be_cut_off_by_its_reader(command):
     assert exit_.value.code == 0
 
 
+def help_of(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        importlib.import_module(f"trsd.{command}").main(["--help"])
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "cache", "plan", "generate", "evaluate"])
+def test_help_fits_a_terminal_of_80_but_for_the_sentence_it_begins_with(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    usage, _, sentence, *rest = help_of(command, capsys).splitlines()
+    assert sentence.endswith(".") and max(map(len, [usage, *rest])) == 80
+
+
+@pytest.mark.parametrize(
+    ("command", "in_one_line"),
+    [("train", "distributions on a part of each trace. palign:"), ("compare", "only the table is printed.")],
+)
+def test_a_sentence_of_help_is_broken_where_the_terminal_is_full(command, in_one_line, monkeypatch, capsys):
+    """Not where the docstring that it comes from is."""
+    monkeypatch.setenv("COLUMNS", "100")
+    assert in_one_line in help_of(command, capsys)
+
+
+@pytest.mark.parametrize(("asked", "coloured"), [(None, True), ("", True), ("1", False)])
+def test_no_color_is_heeded(asked, coloured, monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("NO_COLOR", asked)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert ("\x1b[" in help_of("merge", capsys)) == coloured
+    assert os.environ["TERM"] == "xterm"
+
+
 def test_what_a_terminal_cannot_show_is_written_in_its_code():
     shown = io.BytesIO()
     terminal = io.TextIOWrapper(shown, encoding="ascii")

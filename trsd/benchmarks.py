@@ -89,6 +89,6 @@ def refuse_unknown_name(source: str) -> None:
     close = get_close_matches(source, BENCHMARKS, n=1)
     raise InputError(
         f"{source} is neither a file nor a benchmark"
-        + (f"; did you mean {close[0]}?" if close else "")
+        + (f"; did you mean {close[0]}?" if close else ".")
         + f" Expected a .jsonl or .parquet file, one of {', '.join(BENCHMARKS)}, or a data set of the hub as {FORMS}"
     )

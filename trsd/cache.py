@@ -13,11 +13,13 @@ from trsd.launch import refuse_ranks
 from trsd.recipe_file import fail, parse_recipe, recipe_as_yaml
 from trsd.terminal import at_a_terminal
 
+DOES = "Make what a run makes before it trains, the traces and the teacher's targets, and stop."
+
 
 @at_a_terminal()
 def main(argv: list[str] | None = None) -> None:
     """The command line; exit code 2 for input that cannot be used."""
-    recipe, name, dry_run = parse_recipe(argv, prog="python -m trsd.cache")
+    recipe, name, dry_run = parse_recipe(argv, prog="python -m trsd.cache", does=DOES)
     if dry_run:
         print(recipe_as_yaml(recipe), end="")
         return

@@ -3,10 +3,16 @@
 A switch takes True or False, and alone it means True.
 """
 
+import ast
+import inspect
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from textwrap import dedent, fill
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -74,20 +80,57 @@ def parse_flags(arguments: type[Arguments], words: Sequence[str] | None, *, prog
     kinds = get_type_hints(arguments)
     switches = {name for name, kind in kinds.items() if kind is bool or bool in get_args(kind)}
     words = with_values(sys.argv[1:] if words is None else words, switches)
+    for kind in arguments.__mro__[:-1]:
+        _join_help(kind)
     try:
-        return tyro.cli(
-            arguments,
-            args=words,
-            prog=prog,
-            use_underscores=True,
-            config=(tyro.conf.FlagConversionOff,),
-            registry=_REGISTRY,
-            **options,
-        )
+        with _colours_as_asked():
+            return tyro.cli(
+                arguments,
+                args=words,
+                prog=prog,
+                use_underscores=True,
+                config=(tyro.conf.FlagConversionOff,),
+                registry=_REGISTRY,
+                **options,
+            )
     except SystemExit as exit_:
         for hint in _hints(words, set(kinds)) if exit_.code else ():
             print(f"hint: {hint}", file=sys.stderr)
         raise
+
+
+def described(entries: Mapping[str, str]) -> str:
+    """``entries``, flags and what is said of them, in two columns that fit a terminal of 80."""
+    width = max(map(len, entries)) + 3
+    return "\n".join(
+        fill(text, 80, initial_indent=name.ljust(width), subsequent_indent=" " * width, break_on_hyphens=False)
+        for name, text in entries.items()
+    )
+
+
+@cache
+def _join_help(kind: type) -> None:
+    """Have the help of every field of ``kind`` in one piece: tyro keeps the line breaks of an indented docstring."""
+    (definition,) = ast.parse(dedent(inspect.getsource(kind))).body
+    body = definition.body  # type: ignore[attr-defined]
+    for entry, below in zip(body, body[1:], strict=False):
+        if isinstance(entry, ast.AnnAssign) and isinstance(below, ast.Expr):
+            text = " ".join(ast.literal_eval(below.value).split())
+            name = entry.target.id  # type: ignore[union-attr]
+            kind.__annotations__[name] = Annotated[kind.__annotations__[name], tyro.conf.arg(help=text)]
+
+
+@contextmanager
+def _colours_as_asked() -> Iterator[None]:
+    """No colours where NO_COLOR is set (no-color.org), which tyro knows from a terminal without any alone."""
+    terminal = os.environ.get("TERM")
+    if terminal is not None and os.environ.get("NO_COLOR"):
+        os.environ["TERM"] = "dumb"
+    try:
+        yield
+    finally:
+        if terminal is not None:
+            os.environ["TERM"] = terminal
 
 
 def with_values(words: Sequence[str], switches: set[str]) -> list[str]:

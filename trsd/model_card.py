@@ -130,7 +130,7 @@ class ModelCard:
         source = SOURCES.get(recipe.method)
         method = recipe.method.upper() + (f" ([arXiv {source}](https://arxiv.org/abs/{source}))" if source else "")
         teacher = base_of(recipe.teacher_model_name_or_path) if recipe.teacher_model_name_or_path else None
-        steps = f"{step} optimizer steps of {recipe.train_batch_size} traces"
+        steps = f"{step} optimizer step{'' if step == 1 else 's'} of {recipe.train_batch_size} traces"
         rows = [("trained from", base), ("method", f"{method}, {steps}")]
         if recipe.method in ("trsd", "lsp"):
             rows.append(("teacher", plain(teacher.shown) if teacher else "the same model before training"))

@@ -14,7 +14,7 @@ from typing import get_args, get_type_hints
 
 from trsd.command import import_quietly
 from trsd.errors import InputError, message_of
-from trsd.flags import parse_flags
+from trsd.flags import described, parse_flags
 from trsd.model_shapes import SHAPES
 from trsd.planned_lengths import CLOSER, shared_lengths
 from trsd.recipe import Recipe
@@ -22,12 +22,16 @@ from trsd.recipe_file import fail, parse_recipe, recipe_as_yaml
 from trsd.terminal import at_a_terminal
 
 TEACHER_KINDS = get_args(get_type_hints(Recipe)["teacher"])
+MODELS = {
+    "--model NAME": f"the student: a known shape ({', '.join(SHAPES)}), a folder or a hub name",
+    "--teacher NAME": f"the teacher, likewise; or where its targets come from: {', '.join(TEACHER_KINDS)}",
+}
 DESCRIPTION = f"""Say what a recipe would take: memory by part, operations, least time, disk; what fits, what to turn.
 
---model NAME     the student: a known shape ({", ".join(SHAPES)}), a folder or a hub name
---teacher NAME   the teacher, likewise; or where its targets come from: {", ".join(TEACHER_KINDS)}
+{described(MODELS)}
 
-Every field of the recipe is a flag too, as for python -m trsd.train, and --config names a recipe."""
+Every field of the recipe is a flag too, as for python -m trsd.train, and
+--config names a recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 
-from trsd.flags import parse_flags, with_values
+from trsd.flags import described, parse_flags, with_values
 from trsd.recipe import Recipe, belongs_to_a_method, unread_problems, with_method_defaults
 
 METHODS, TEACHERS = (get_args(get_type_hints(Recipe)[name]) for name in ("method", "teacher"))
@@ -139,8 +139,16 @@ def load_recipe(path: Path) -> Recipe:
         raise
 
 
-def parse_recipe(argv: list[str] | None = None, *, prog: str = "python -m trsd.train") -> tuple[Recipe, str, bool]:
-    """(recipe, its name, dry run) of a command line of ``prog``: the YAML of ``--config``, then the flags."""
+def parse_recipe(
+    argv: list[str] | None = None,
+    *,
+    prog: str = "python -m trsd.train",
+    does: str = "Distil a reasoning model from partial chains of thought.",
+) -> tuple[Recipe, str, bool]:
+    """(recipe, its name, dry run) of a command line of ``prog``: the YAML of ``--config``, then the flags.
+
+    The help begins with what the command ``does``.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--dry_run", choices=("True", "False"), default="False")
@@ -153,13 +161,12 @@ def parse_recipe(argv: list[str] | None = None, *, prog: str = "python -m trsd.t
         base, name = load_recipe(path), path.stem
         if _method_of(rest) in METHODS and _method_of(rest) != base.method:
             base = _without_method_fields(base, name)
-    description = (
-        "Distil a reasoning model from partial chains of thought.\n\n"
-        f"--config RECIPE   a YAML file or a shipped recipe ({', '.join(shipped_recipes())}) that the flags override;\n"
-        "                  left out: the demo of the method, or the plain defaults when a flag names a model or data\n"
-        "--dry_run         print the resolved recipe and stop"
-    )
-    recipe = parse_flags(Recipe, rest, prog=prog, default=base, description=description)
+    own_flags = {
+        "--config RECIPE": f"a YAML file or a shipped recipe ({', '.join(shipped_recipes())}) that the flags override; "
+        "left out: the demo of the method, or the plain defaults when a flag names a model or data",
+        "--dry_run": "print the resolved recipe and stop",
+    }
+    recipe = parse_flags(Recipe, rest, prog=prog, default=base, description=f"{does}\n\n{described(own_flags)}")
     # Of what flags say alone: a recipe may have been written for other values of what they change.
     if found := recipe.problems() + unread_problems(recipe, {_field_of(word) for word in rest}):
         fail("\n       ".join(found))

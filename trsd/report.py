@@ -81,7 +81,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _lead(metrics: list[dict[str, float]], run_dir: Path) -> str:
     totals = _read(run_dir / TOTALS)
-    text = f"{len(metrics)} optimizer steps"
+    text = f"{len(metrics)} optimizer step{'' if len(metrics) == 1 else 's'}"
     if metrics:
         text += f", {sum(row['tokens'] for row in metrics):,.0f} tokens without padding"
     if totals:
