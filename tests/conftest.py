@@ -7,10 +7,12 @@ import random
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import interpreter
 import pytest
+import sanitizer
 import thinned
 import torch
 import torch.distributed as dist
@@ -28,7 +30,16 @@ settings.register_profile("noisy_machine", deadline=None)
 settings.load_profile("noisy_machine")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    interpreter.look_once()
+    interpreter.prepare()
+
+
+@pytest.fixture(autouse=True)
+def checked_memory(request):
+    """In the interpreter every launch is checked for races and for accesses out of bounds; peers look after theirs."""
+    checked = INTERPRETED and request.module.__name__ != "test_bench_peers"
+    with sanitizer.sanitized() if checked else nullcontext():
+        yield
+
 
 REASONER = Path(__file__).parent.parent / "trsd" / "demo" / "reasoner"
 

@@ -85,9 +85,9 @@ def test_head_dims_and_groups(head_dim, num_heads, num_kv_heads, device):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_half_precision_with_the_shipped_tiles(head_dim, device):
     layout = packed_layout([200, 90], [[(199, 20), (64, 70), (3, 1)], []], device=device)
-    for dtype in (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16):
+    for dtype in (torch.float16, torch.bfloat16):
         tensors = draw_tensors(layout, head_dim=head_dim, num_heads=2, num_kv_heads=1, dtype=dtype)
-        bound = 2e-3 if dtype == torch.float16 else 1e-2  # p and ds are rounded once more than the output
+        bound = 5e-4 if dtype == torch.float16 else 4e-3  # the output is rounded once, and p and ds before it
         check(layout, tensors, bound, blocks=None, softmax_scale=head_dim**-0.5)
 
 

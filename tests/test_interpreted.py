@@ -15,7 +15,14 @@ import pytest
 import thinned
 
 HERE = Path(__file__).parent
-NAMES = ("test_linear_distill.py", "test_logits_distill.py", "test_teacher_targets.py", "test_branch_attention.py")
+OF_THE_INTERPRETER = ("test_interpreted_bf16.py", "test_sanitizer.py")
+NAMES = (
+    "test_linear_distill.py",
+    "test_logits_distill.py",
+    "test_teacher_targets.py",
+    "test_cuda_dtypes.py",
+    "test_branch_attention.py",
+)
 PEERS_IN_TRITON = {"liger_kernel": "liger-kernel", "fla": "fla-core", "cut_cross_entropy": "cut-cross-entropy"}
 
 
@@ -35,6 +42,10 @@ def run_in_the_interpreter(*names, which="not slow"):
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_triton_kernels_in_the_interpreter(which):
     run_in_the_interpreter(*NAMES, which=which)
+
+
+def test_the_interpreter_is_as_the_tests_need_it():
+    run_in_the_interpreter(*OF_THE_INTERPRETER)
 
 
 def test_every_value_of_every_parameter_is_in_the_part_of_the_cases_that_is_kept():

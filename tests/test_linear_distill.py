@@ -72,7 +72,6 @@ def test_fp32_loss_and_gradients_stay_within_1e5_of_float64(device, plan, regime
         assert error <= FP32_BOUND, name
 
 
-@not_interpreted
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
