@@ -24,27 +24,33 @@ class Launch:
 
     def __init__(self, name, tensors):
         self.name, self.program, self.barriers = name, 0, 0
-        spans = [(tensor.data_ptr(), tensor.data_ptr() + _extent(tensor)) for tensor in tensors if tensor.numel()]
-        self.starts, self.ends = np.array(sorted(spans), dtype=np.uint64).reshape(-1, 2).T
-        self.ends = np.maximum.accumulate(self.ends)  # views of one tensor lie in each other
-        self.accesses = []  # (first bytes, bytes each, elements, kind, program, barriers before)
+        spans = _merged(
+            (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor)) for tensor in tensors if tensor.numel()
+        )
+        self.starts, self.ends = np.array(spans, dtype=np.uint64).reshape(-1, 2).T
+        self.accesses = [[] for _ in spans]  # (first bytes, bytes each, elements, kind, program, barriers before)
 
     def record(self, pointers, mask, kind):
         """Note that the elements of a tile for which ``mask`` holds are loaded or stored."""
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         elements = np.flatnonzero(mask)
         addresses = np.asarray(pointers.data).reshape(-1)[elements].astype(np.uint64)
-        place = np.searchsorted(self.starts, addresses, side="right") - 1
-        inside = (place >= 0) & (addresses + np.uint64(size) <= self.ends[place])
-        assert inside.all(), f"{self.name}: an access outside every tensor it was given, in program {self.program}"
-        self.accesses.append((addresses, size, elements, kind, self.program, self.barriers))
+        if not len(addresses):
+            return
+        span = np.searchsorted(self.starts, addresses.min(), side="right") - 1
+        inside = span >= 0 and addresses.max() + np.uint64(size) <= self.ends[span]
+        assert inside, f"{self.name}: an access outside every tensor it was given, in program {self.program}"
+        self.accesses[span].append((addresses, size, elements, kind, self.program, self.barriers))
 
     def check(self):
         """Fail where bytes are written by one and touched by another with nothing to order the two."""
-        if not any(access[3] == STORE for access in self.accesses):
-            return
-        unit = min(access[1] for access in self.accesses)
-        rows = [self._units(access, unit) for access in self.accesses]
+        for accesses in self.accesses:
+            if any(access[3] == STORE for access in accesses):
+                self._check(accesses)
+
+    def _check(self, accesses):
+        unit = min(access[1] for access in accesses)
+        rows = [self._units(access, unit) for access in accesses]
         places, elements, kinds, programs, barriers = (np.concatenate(column) for column in zip(*rows, strict=True))
         written = np.isin(places, places[kinds == STORE])
         places, elements, kinds, programs, barriers = (
@@ -64,6 +70,17 @@ class Launch:
         count = size // unit
         places = (addresses[:, None] // np.uint64(unit) + np.arange(count, dtype=np.uint64)).reshape(-1)
         return places, np.repeat(elements, count), *(np.full(len(places), each) for each in rest)
+
+
+def _merged(spans):
+    """``spans``, (start, end) of memory, in order, those that overlap as one: views of one tensor."""
+    merged = []
+    for start, end in sorted(spans):
+        if merged and start < merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
 
 
 def _extent(tensor):

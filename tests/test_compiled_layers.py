@@ -167,6 +167,7 @@ def kept(model, ids, layout):
     return sum(storages.values())
 
 
+@pytest.mark.slow
 def test_torchs_compiler_keeps_what_the_meter_says_and_a_third_less_than_layers_that_are_not_compiled(tokenizer):
     model = make_tiny_model(tokenizer).train()
     layout = packed_layout([200, 150])
