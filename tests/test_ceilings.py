@@ -56,5 +56,7 @@ def test_this_cpu_is_measured():
 def test_what_a_maker_states_of_products_is_kept_for_the_precision_it_holds_for(monkeypatch, dtype, stated):
     monkeypatch.setattr(ceilings, "known_device", lambda device: KNOWN["H200"])
     monkeypatch.setattr(ceilings, "SECONDS", 0.0)
+    # A large product in bf16 takes seconds on a CPU that has no unit for it.
+    monkeypatch.setattr(ceilings, "large_product", lambda device, dtype: large_copy(device))
     found = measure("cpu", dtype=dtype)
     assert (found.stated_products, found.stated_copies) == (stated, 4.8e12)
