@@ -54,6 +54,21 @@ def test_extract_answer_knows_the_common_forms(text, answer):
 
 
 @pytest.mark.parametrize(
+    "text,answer",
+    [
+        ("The answer is 18 dollars and 50 cents.", "18.50"),
+        ("#### 1,200 dollars 5 cents", "1,200.05"),
+        (r"\boxed{1 dollar and 1 cent}", "1.01"),
+        ("She pays 18 dollars and 50 cents", "18.50"),
+        ("It is 0.5 dollars, and 50 cents more.", "50"),
+    ],
+)
+def test_dollars_and_cents_are_one_number(text, answer):
+    assert grade(text, answer)
+    assert "." not in answer or not grade(text, answer.split(".")[0])
+
+
+@pytest.mark.parametrize(
     "line,answer",
     [
         ("18 dollars", "18"),

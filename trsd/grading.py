@@ -37,6 +37,7 @@ _SAID = re.compile(
 )
 _DISPLAYED = re.compile(r"\s*(?:\$\$(.+?)\$\$|\\\[(.+?)\\\])", re.DOTALL)  # on lines of its own
 _NEGATIVE_DASH = re.compile(r"(?<![\w)]) ?\N{EN DASH}(?=\s?[\d$])")
+_CENTS = re.compile(r"(?<![\d.,/])(\d[\d,]*) dollars? (?:and )?(\d\d?) cents?\b")
 _LAYOUT = (
     (re.compile(r"\\[dt]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"(?<!\\)(?:\\(?:left|right)(?![A-Za-z])|\\[,;: ]|\$)"), " "),
@@ -99,6 +100,7 @@ def has_format(text: str) -> bool:
 def _find(text: str, *, whole_text: bool = False) -> tuple[Form | None, str | None]:
     """The form in which ``text`` states its answer, and the answer; ``whole_text`` leaves out the last resorts."""
     text = _NEGATIVE_DASH.sub("-", text.replace("\N{MINUS SIGN}", "-"))
+    text = _CENTS.sub(lambda sum_: f"{sum_[1]}.{sum_[2]:>02} dollars", text)
     boxed = last_boxed(text)
     if boxed:
         return "boxed", boxed
