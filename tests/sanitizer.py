@@ -4,7 +4,8 @@ Every launch is recorded: which bytes a program reads and writes, from which ele
 barriers. Two things end a test: an address outside every tensor that the kernel was given, and bytes that one side
 writes and another touches while nothing orders the two. Programs of a launch are never ordered; the elements of a tile
 are handled by different threads, which only a barrier orders. (So do reductions and changes of layout on a GPU, which
-no kernel should have to rely upon.) The element that is read may be written over: its value was there first.
+no kernel should have to rely upon.) The element that is read may be written over: its value was there first. Atomic
+operations are not looked at; no kernel here has any.
 """
 
 from contextlib import contextmanager
