@@ -3,12 +3,14 @@
 import importlib
 import io
 import os
+import py_compile
 import sys
 from contextlib import contextmanager, redirect_stdout
 
 import pytest
 
 from trsd.__main__ import COMMANDS
+from trsd.flags import parse_flags
 from trsd.terminal import at_a_terminal
 
 WORDS = {"sweep": ["--output_dir"]}
@@ -64,6 +66,18 @@ def test_a_sentence_of_help_is_broken_where_the_terminal_is_full(command, in_one
     """Not where the docstring that it comes from is."""
     monkeypatch.setenv("COLUMNS", "100")
     assert in_one_line in help_of(command, capsys)
+
+
+def test_flags_are_read_where_a_program_is_installed_without_its_source(tmp_path, monkeypatch):
+    source = tmp_path / "sourceless.py"
+    source.write_text(
+        "from dataclasses import dataclass\n@dataclass\nclass Flags:\n    steps: int = 1\n    'How many.'\n"
+    )
+    py_compile.compile(str(source), cfile=str(tmp_path / "sourceless.pyc"))
+    source.unlink()
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = importlib.import_module("sourceless").Flags
+    assert parse_flags(flags, ["--steps", "3"], prog="program").steps == 3
 
 
 @pytest.mark.parametrize(("asked", "coloured"), [(None, True), ("", True), ("1", False)])

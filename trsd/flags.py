@@ -111,7 +111,11 @@ def described(entries: Mapping[str, str]) -> str:
 @cache
 def _join_help(kind: type) -> None:
     """Have the help of every field of ``kind`` in one piece: tyro keeps the line breaks of an indented docstring."""
-    (definition,) = ast.parse(dedent(inspect.getsource(kind))).body
+    try:
+        source = inspect.getsource(kind)
+    except OSError:  # installed without sources; then tyro finds no help either
+        return
+    (definition,) = ast.parse(dedent(source)).body
     body = definition.body  # type: ignore[attr-defined]
     for entry, below in zip(body, body[1:], strict=False):
         if isinstance(entry, ast.AnnAssign) and isinstance(below, ast.Expr):
